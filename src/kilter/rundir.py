@@ -1,0 +1,228 @@
+"""A run is a directory: training writes it, everything else reads it, and nothing needs the process that made it.
+
+    runs/<name>/
+      recipe.yaml  environment.json
+      stages/NN-<stage>/  metrics.jsonl  samples.jsonl  checkpoints/  result/  done.json
+      summary.json  report.html  card.md
+
+Files are written beside, synced and renamed, so that a kill at any moment leaves the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from kilter.config import Recipe, dump, parse, read_yaml
+from kilter.errors import ConfigError, RunError
+
+PACKAGES = ("kilter", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "scipy")
+
+
+# What a run leaves that was killed before its recipe was written: such a folder is as good as empty.
+_BEGUN = {".lock", "environment.json", ".environment.json.part", ".recipe.yaml.part"}
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the file system says into one line with a remedy."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"{path}: the disk is full; free some space and run the same command again") from err
+        if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise RunError(f"{path}: cannot be written ({err.strerror}); choose another folder with --out") from err
+        if err.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise RunError(f"{path}: a file stands where a folder is needed; choose another folder with --out") from err
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, sync, rename: the file is either the old one or the whole new one."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.part")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON. NaN is refused: a figure that is not a number is None."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """`write_text` of one JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of ours; a missing file has none. A last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as err:
+            if number == len(lines):
+                break
+            raise RunError(f"{path}:{number}: not JSON ({err.msg}); the run directory was edited or damaged") from err
+    return rows
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder beside `path`, then rename it into place; an older one is replaced at the end, never before."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.part")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        yield beside
+        for file in beside.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        sync_folder(beside)
+        if path.exists():
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+            beside.rename(path)
+            shutil.rmtree(old)
+        else:
+            beside.rename(path)
+        sync_folder(path.parent)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+class StageDir:
+    """One stage's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.result = path / "result"
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+
+    @property
+    def done(self) -> dict[str, Any] | None:
+        """What the stage said when it ended, or None while it has not."""
+        path = self.path / "done.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def finish(self, **figures: Any) -> None:
+        """Mark the stage as ended; written last, so an unfinished stage is never taken for a finished one."""
+        write_json(self.path / "done.json", figures)
+
+    def keep_metrics_before(self, step: int) -> None:
+        """Drop the rows of steps that a resumed stage will do again, so that no step stands twice."""
+        rows = read_jsonl(self.metrics)
+        write_jsonl(self.metrics, [row for row in rows if row["step"] <= step])
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl."""
+        with explained(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+class RunDir:
+    """A run's directory, opened for one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: TextIO | None = None
+
+    @classmethod
+    def open(cls, path: Path, recipe: Recipe, *, environment: Mapping[str, Any]) -> RunDir:
+        """Make the directory, or go on in one of the same recipe.
+
+        Raises:
+            RunError: the folder belongs to another recipe, to something else, or to a process that is running.
+        """
+        run = cls(path)
+        file = path / "recipe.yaml"
+        text = dump(recipe)
+        if file.exists():
+            try:
+                old = dump(parse(read_yaml(file), str(file)))
+            except ConfigError as err:
+                raise RunError(f"{path}: its recipe cannot be read ({err}); choose another folder with --out") from err
+            if old != text:
+                raise RunError(
+                    f"{path}: holds a run of another recipe ({first_difference(old, text)}); "
+                    "choose another folder with --out, or go on with the recipe that is there"
+                )
+        elif path.exists() and (not path.is_dir() or any(item.name not in _BEGUN for item in path.iterdir())):
+            raise RunError(f"{path}: exists and is not a run of Kilter; choose another folder with --out")
+        with explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            run._take(path / ".lock")
+        if not file.exists():
+            write_json(path / "environment.json", {"versions": versions(), **environment})
+            write_text(file, text)
+        return run
+
+    def _take(self, path: Path) -> None:
+        self._lock = path.open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise RunError(f"{self.path}: another process is at work in it; wait for it or end it") from err
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def stage(self, number: int, name: str) -> StageDir:
+        """The folder of the stage at place `number` (from 1)."""
+        path = self.path / "stages" / f"{number:02d}-{name}"
+        with explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return StageDir(path)
+
+
+def first_difference(old: str, new: str) -> str:
+    """The first line in which two recipes differ."""
+    for before, after in zip(old.splitlines(), new.splitlines(), strict=False):
+        if before != after:
+            return f"there `{before.strip()}`, here `{after.strip()}`"
+    return "one has more stages"

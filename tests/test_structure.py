@@ -1,0 +1,107 @@
+"""The shape of the code, held by tests: layers, light import, file sizes, forbidden calls."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[1] / "src" / "kilter"
+LAYERS: dict[str, int] = {
+    "errors": 0,
+    **dict.fromkeys(("records", "config", "rundir"), 1),
+    **dict.fromkeys(("data", "stats"), 2),
+    **dict.fromkeys(("tree", "ops", "losses"), 3),
+    "models": 4,
+    **dict.fromkeys(("train", "scorers"), 5),
+    **dict.fromkeys(("rollout", "evals"), 6),
+    **dict.fromkeys(("world", "guard", "stages"), 7),
+    "cli": 9,
+}
+SIDE = {"report", "annotate"}  # read files, never load torch: 0-2 only
+SEPARATE = [{"train", "scorers"}, {"rollout", "evals"}, {"world", "guard"}]
+NO_TORCH = {"errors", "records", "config", "rundir", "data", "stats", "report", "annotate"}
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(SRC)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Every absolute module that a file imports, with its line."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(name.name, node.lineno) for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; name the module in full"
+            module = node.module or ""
+            found += [(f"{module}.{name.name}" if module == "kilter" else module, node.lineno) for name in node.names]
+    return found
+
+
+def violations(part: str, module: str) -> str | None:
+    """Why `part` may not import `module`, or None. The rule itself, so that a test can see it go red."""
+    root, _, rest = module.partition(".")
+    if part in NO_TORCH and root in ("torch", "transformers", "peft"):
+        return f"{part} must not load {root}"
+    if root != "kilter" or not rest or rest == "__version__":
+        return None
+    other = rest.split(".")[0]
+    if other == part or part in ("__init__", "__main__"):
+        return None
+    if other == "cli":
+        return "nothing imports cli"
+    if part in SIDE:
+        return None if LAYERS.get(other, 9) <= 2 else f"{part} reads files only; it must not import {other}"
+    if other in SIDE:
+        return None if part in ("cli", "stages") else f"{part} must not import {other}"
+    if part == "losses":
+        return None if other == "ops" else "losses imports ops only"
+    if any({part, other} <= pair for pair in SEPARATE):
+        return f"{part} and {other} do not import each other"
+    return None if LAYERS[other] <= LAYERS[part] else f"{part} (layer {LAYERS[part]}) imports upwards {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_imports_point_down(path: Path) -> None:
+    part = part_of(path)
+    wrong = [f"{path}:{line}: {why}" for module, line in imports(path) if (why := violations(part, module))]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_rule_can_fail() -> None:
+    assert violations("losses", "kilter.tree")
+    assert violations("report", "kilter.models.trunk")
+    assert violations("data", "torch")
+    assert violations("train", "kilter.scorers")
+    assert violations("tree", "kilter.models")
+    assert not violations("stages", "kilter.world")
+
+
+def test_truth_is_imported_by_judges_alone() -> None:
+    allowed = {"annotators.py", "evaluation.py", "audit.py", "truth.py", "__init__.py"}
+    for path in FILES:
+        for module, line in imports(path):
+            if module.startswith("kilter.world.truth"):
+                assert path.name in allowed and part_of(path) == "world", f"{path}:{line}: truth is for judges alone"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_no_long_files_and_no_unsafe_calls(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 600, f"{path} is over 600 lines: split it by what it is about"
+    for call in ("torch.load(", "yaml.load(", "trust_remote_code=True", "import pickle"):
+        assert call not in text, f"{path}: {call}"
+
+
+@pytest.mark.parametrize("module", ["kilter", "kilter.cli", "kilter.data", "kilter.stats", "kilter.report"])
+def test_light_import(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(','.join(m for m in ('torch', 'transformers') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
