@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from kilter.errors import ConfigError
 
@@ -43,8 +51,8 @@ class Model(BaseModel):
 class DataRef(Model):
     """Where records come from."""
 
-    path: str
-    """A file, an earlier stage, `package.module:function`, or a hub name."""
+    path: str = ""
+    """A file, an earlier stage, `package.module:function`, or a hub name; empty: none."""
     format: str = "auto"
     """Layout of the file's rows; `auto` recognises it by content. `kilter data formats` lists them."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -53,6 +61,9 @@ class DataRef(Model):
     """Use the first records only; 0: all."""
     skip_bad: bool = False
     """Set bad rows aside in a file of the run and count them, instead of refusing the file."""
+
+
+NOTHING = DataRef()
 
 
 class Optim(Model):
@@ -159,13 +170,23 @@ def _as_ref(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _given(value: DataRef) -> DataRef:
+    if not value.path:
+        raise ValueError("path is empty; name a file, an earlier stage, a function or a hub data set")
+    return value
+
+
+Required = Annotated[DataRef, BeforeValidator(_as_ref), AfterValidator(_given)]
+Possible = Annotated[DataRef, BeforeValidator(_as_ref)]
+
+
 class SftStage(Stage):
     """Supervised fine-tuning on demonstrations."""
 
     stage: Literal["sft"] = "sft"
     model: str
     """Model to start from: a folder, a hub name, or an earlier stage."""
-    data: DataRef
+    data: Required
     """Demonstrations."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the data."""
@@ -175,8 +196,6 @@ class SftStage(Stage):
     lora: Lora = Lora()
     precision: Precision = Precision()
 
-    _ref = field_validator("data", mode="before")(_as_ref)
-
 
 class CollectStage(Stage):
     """Sample k responses to each prompt and have an annotator rank them."""
@@ -184,17 +203,15 @@ class CollectStage(Stage):
     stage: Literal["collect"] = "collect"
     model: str
     """Model that answers."""
-    prompts: DataRef
+    prompts: Required
     """Prompts to answer."""
-    annotator: DataRef
+    annotator: Required
     """`package.module:function` that makes an annotator, with its options."""
     num_samples: Annotated[int, Field(gt=1)] = 4
     """Responses a prompt, ranked together."""
     sampling: SamplingConfig = SamplingConfig()
-    truth: DataRef | None = None
+    truth: Possible = NOTHING
     """Scorer of the true reward, used only to state how often the labels order pairs as truth does."""
-
-    _ref = field_validator("prompts", "annotator", "truth", mode="before")(_as_ref)
 
 
 class RewardStage(Stage):
@@ -203,7 +220,7 @@ class RewardStage(Stage):
     stage: Literal["reward"] = "reward"
     model: str
     """Model to start from; its head is new."""
-    data: DataRef
+    data: Required
     """Preference pairs, rankings, or an earlier `collect` stage."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the data."""
@@ -211,13 +228,11 @@ class RewardStage(Stage):
     """Share of prompts kept for evaluation."""
     centering: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the squared mean reward, which fixes the level that Bradley-Terry leaves free."""
-    truth: DataRef | None = None
+    truth: Possible = NOTHING
     """Scorer of the true reward: states how often the reward model orders held-out pairs as truth does."""
     optim: Optim = Optim()
     lora: Lora = Lora()
     precision: Precision = Precision()
-
-    _ref = field_validator("data", "truth", mode="before")(_as_ref)
 
 
 class PreferStage(Stage):
@@ -226,7 +241,7 @@ class PreferStage(Stage):
     stage: Literal["prefer"] = "prefer"
     model: str
     """Policy to start from; it is also the reference."""
-    data: DataRef
+    data: Required
     """Preference pairs, rankings, or an earlier `collect` stage."""
     loss: LossConfig = LossConfig()
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -236,8 +251,6 @@ class PreferStage(Stage):
     optim: Optim = Optim()
     lora: Lora = Lora()
     precision: Precision = Precision()
-
-    _ref = field_validator("data", mode="before")(_as_ref)
 
 
 class PpoConfig(Model):
@@ -295,7 +308,7 @@ class RlStage(Stage):
     """Policy to start from; it is also the reference."""
     reward: str
     """Reward model: an earlier stage, a folder, or `package.module:function` of a scorer."""
-    prompts: DataRef
+    prompts: Required
     """Prompts to answer."""
     rollouts: Annotated[int, Field(gt=0)] = 50
     """How many times the policy is sampled."""
@@ -309,13 +322,11 @@ class RlStage(Stage):
     """Keep so many policies along the way, evenly spaced, for the picture of reward against KL."""
     stop_below: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Stop when fewer than this share of a rollout's answers pass `stop_measure`; the last good policy is kept."""
-    stop_measure: DataRef | None = None
+    stop_measure: Possible = NOTHING
     """`package.module:function` that says whether an answer is still a sentence."""
     optim: Optim = Optim(learning_rate=1e-6)
     lora: Lora = Lora()
     precision: Precision = Precision()
-
-    _ref = field_validator("prompts", "stop_measure", mode="before")(_as_ref)
 
 
 class BestOfNStage(Stage):
@@ -340,23 +351,21 @@ class EvalStage(Stage):
     """The model from which KL and win rate are measured: usually the SFT stage."""
     reward: str | None = None
     """Reward model for the proxy reward."""
-    prompts: DataRef
+    prompts: Required
     """Held-out prompts, with their kinds."""
-    truth: DataRef | None = None
+    truth: Possible = NOTHING
     """Scorer of the true reward, where there is one."""
-    measure: DataRef | None = None
+    measure: Possible = NOTHING
     """`package.module:function` of (prompt, text) that gives the flags: attack success, over-refusal, ..."""
-    demonstrations: DataRef | None = None
+    demonstrations: Possible = NOTHING
     """The demonstrators' answers to prompts of the same kinds, measured beside the models."""
-    oracle: DataRef | None = None
+    oracle: Possible = NOTHING
     """`package.module:function` of a prompt that gives the best answer known."""
     sampling: SamplingConfig = SamplingConfig()
     curve_prompts: Annotated[int, Field(ge=0)] = 220
     """Prompts on which snapshots along a method's path are measured."""
     slider_prompts: Annotated[int, Field(ge=0)] = 3
     """Prompts whose answers the report's slider shows."""
-
-    _ref = field_validator("prompts", "truth", "measure", "demonstrations", "oracle", mode="before")(_as_ref)
 
 
 AnyStage = Annotated[
@@ -398,7 +407,7 @@ def stage_inputs(stage: Stage) -> list[tuple[str, str]]:
         value = getattr(stage, name)
         if name in ("model", "reward", "reference") and isinstance(value, str):
             found.append((name, value))
-        elif isinstance(value, DataRef):
+        elif isinstance(value, DataRef) and value.path:
             found.append((name, value.path))
         elif name == "models":
             found += [(f"models.{key}", item) for key, item in value.items()]

@@ -1,0 +1,21 @@
+"""Run a recipe, or say what it would do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from kilter.config import Recipe
+
+
+def execute(recipe: Recipe, out: Path, *, dry_run: bool) -> int:
+    """Run `recipe` in `out` and print where the report lies. Torch is loaded here and not before."""
+    for line in recipe.unusual():
+        print(f"kilter: note: {line}", file=sys.stderr)
+    from kilter.stages import plan, run_recipe
+
+    if dry_run:
+        print(plan(recipe))
+        return 0
+    run_recipe(recipe, out)
+    return 0

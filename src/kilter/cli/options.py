@@ -1,0 +1,151 @@
+"""Options from frozen models: tyro reads the command line, a YAML file lies below it, an error is one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
+
+import tyro
+from pydantic import Field, ValidationError
+
+from kilter.config import DataRef, Model, Recipe, Stage, explain, read_yaml
+from kilter.errors import ConfigError
+
+M = TypeVar("M", bound=Model)
+
+
+class RunOptions(Model):
+    """What every run takes beside its recipe."""
+
+    out: Path | None = None
+    """Folder of the run. Default: runs/NAME."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Every random number of the run follows from it. Default: the recipe's."""
+    threads: Annotated[int, Field(ge=0)] | None = None
+    """CPU threads; 0: one a core. Default: the recipe's."""
+    dry_run: bool = False
+    """Print the resolved recipe, the memory it needs and the first batch token by token; train nothing."""
+
+
+def parse(model: type[M], argv: Sequence[str], *, prog: str, default: M | None = None, example: str = "") -> M:
+    """Read options into `model`. `--help` prints every option and leaves with 0.
+
+    Raises:
+        ConfigError: one line: the option, what is wrong, the nearest known one.
+    """
+    words = [_expand(model, word) for word in argv]
+    errors = io.StringIO()
+    text = (model.__doc__ or "").strip()
+    description = f"{text}\n\nexample:\n  {example}" if example else text
+    try:
+        with contextlib.redirect_stderr(errors):
+            return cast(M, tyro.cli(model, args=words, prog=prog, default=default, description=description))
+    except SystemExit as err:
+        if err.code in (0, None):
+            raise
+        raise ConfigError(f"{prog}: {_one_line(errors.getvalue(), prog)}") from err
+
+
+def _expand(model: type[Model], word: str) -> str:
+    """`--data x` is short for `--data.path x`."""
+    name, equals, value = word.partition("=")
+    if not name.startswith("--"):
+        return word
+    owner: Any = model
+    parts = name[2:].replace("-", "_").split(".")
+    for part in parts:
+        field = owner.model_fields.get(part) if isinstance(owner, type) and issubclass(owner, Model) else None
+        if field is None:
+            return word
+        owner = field.annotation
+        if owner is not None and not isinstance(owner, type):
+            owner = next((item for item in getattr(owner, "__args__", ()) if item is not type(None)), owner)
+    return f"{name}.path{equals}{value}" if owner is DataRef else word
+
+
+_INVALID = r"Error parsing (\S+): \d+ validation errors? for \S+ (\S+) (.*?) \[type=.*?input_value=(.*?), "
+
+
+def _one_line(box: str, prog: str) -> str:
+    """tyro's boxed message as one line, without the help text of the option."""
+    lines = [re.sub(r"[│╭╮╰╯]", " ", line) for line in box.splitlines()]
+    parts = [" ".join(part.strip("─ ").split()) for part in re.split(r"─{4,}", "\n".join(lines))]
+    text_of_box = " ".join(parts)
+    unknown = next((part for part in parts if part.startswith("Unrecognized options: ")), "")
+    missing = next((part for part in parts if part.startswith("Missing from")), "")
+    near = re.search(r"Perhaps you meant: (--\S+)", text_of_box)
+    if unknown:
+        text = f"no option {unknown.split()[2].rstrip(',')}" + (f"; did you mean {near[1]}?" if near else "")
+    elif missing:
+        text = f"{', '.join(re.findall(r'(?<=[ ])(--[a-z.-]+) ', missing)).replace('.path', '')} must be given"
+    elif invalid := re.search(_INVALID, text_of_box):
+        where = invalid[2] if invalid[1].endswith("Options") else f"{invalid[1]}.{invalid[2]}"
+        text = f"{where} is {invalid[4]}; {invalid[3][0].lower()}{invalid[3][1:]}"
+    else:
+        kept = [part for part in parts if part.startswith(("Error", "Invalid", "Expected", "Missing"))]
+        text = "; ".join(kept) or " ".join(parts).strip() or "wrong options"
+        text = text[0].lower() + text[1:]
+    return f"{text}; {prog} --help lists every option"
+
+
+def config_file(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Take `--config FILE` out of the words: it has to be read before the others."""
+    words, found = list(argv), None
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            if not equals and at + 1 >= len(words):
+                raise ConfigError("--config needs a file: --config recipe.yaml")
+            found = Path(value if equals else words[at + 1])
+            del words[at : at + (1 if equals else 2)]
+            break
+    return found, words
+
+
+def partial(model: type[M], values: Mapping[str, Any], place: str) -> M:
+    """An instance of `model` from some of its values; what is required and not there is left for the command line."""
+    complete = dict(values)
+    missing = {name: field for name, field in model.model_fields.items() if field.is_required() and name not in values}
+    for name in missing:
+        complete[name] = {"path": "?"} if missing[name].annotation is DataRef else {} if name == "models" else ""
+    try:
+        made = model.model_validate(complete)
+    except ValidationError as err:
+        raise ConfigError(f"{place}: {explain(err, complete)}") from err
+    blank = {name: _blank(field.annotation) for name, field in missing.items()}
+    return made.model_copy(update=blank)
+
+
+def _blank(annotation: Any) -> Any:
+    return DataRef.model_construct(path=tyro.MISSING) if annotation is DataRef else tyro.MISSING
+
+
+def stage_values(path: Path | None, kind: str) -> dict[str, Any]:
+    """The values for one stage of `kind` from a YAML file: the stage itself, or a recipe that has one of them."""
+    if path is None:
+        return {}
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds no mapping; write the stage's keys, or a recipe with `stages:`")
+    if "stages" not in raw:
+        return cast(dict[str, Any], raw)
+    stages = {name: value for name, value in raw["stages"].items() if value.get("stage", kind) == kind}
+    if len(stages) != 1:
+        found = ", ".join(stages) or "none"
+        raise ConfigError(f"{path}: needs exactly one stage of kind {kind!r}, has {found}; use `kilter align {path}`")
+    return cast(dict[str, Any], next(iter(stages.values())))
+
+
+def with_run_options(recipe: Recipe, options: RunOptions) -> Recipe:
+    """The recipe with the seed and threads of the command line."""
+    changed = {key: value for key in ("seed", "threads") if (value := getattr(options, key)) is not None}
+    return recipe.model_copy(update=changed)
+
+
+def stage_of(model: type[Stage], options: Model) -> Stage:
+    """The stage's own part of a command's options."""
+    return model.model_validate({name: getattr(options, name) for name in model.model_fields})

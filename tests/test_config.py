@@ -1,0 +1,72 @@
+"""Recipes: what is refused, in which words, and what survives a round through YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kilter.config import Recipe, dump, load, parse
+from kilter.errors import ConfigError
+
+SFT = {"stage": "sft", "model": "base", "data": "demos.jsonl"}
+
+
+def refused(raw: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(raw, "r.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("r.yaml")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"stages": {"a": SFT | {"optm": {}}}}, ["stages.a.optm", "'optim'"]),
+        ({"stages": {"a": SFT | {"optim": {"learning_rat": 1}}}}, ["optim.learning_rat", "'learning_rate'"]),
+        ({"stages": {"a": SFT | {"data": {"path": "x", "frmat": "y"}}}}, ["data.frmat", "'format'"]),
+        ({"stages": {"a": SFT | {"optim": {"learning_rate": -1}}}}, ["learning_rate", "-1", "greater than 0"]),
+        ({"stages": {"a": SFT | {"optim": {"learning_rate": "fast"}}}}, ["learning_rate", "'fast'", "number"]),
+        ({"stages": {"a": SFT | {"data": ""}}}, ["stages.a.data", "empty"]),
+        ({"stages": {"a": {"stage": "sftt"}}}, ["stages.a.stage", "'sftt'", "sft, collect"]),
+        ({"stages": {"a": {"model": "x"}}}, ["stages.a.stage", "missing"]),
+        ({"stages": {"a": {"stage": "sft", "model": "x"}}}, ["stages.a.data", "missing"]),
+        ({"stages": {"a": SFT | {"model": "b"}, "b": SFT}}, ["stages.a.model", "'b'", "earlier"]),
+        ({"stags": {}}, ["stages", "missing"]),
+        ([1], ["mapping", "list"]),
+        ({"name": "../x", "stages": {"a": SFT}}, ["name", "'../x'"]),
+        ({"stages": {"a": SFT | {"optim": {"learning_rate": float("nan")}}}}, ["learning_rate", "finite"]),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line(raw: Any, words: list[str]) -> None:
+    message = refused(raw)
+    for word in words:
+        assert word in message, message
+
+
+def test_a_recipe_survives_yaml() -> None:
+    recipe = parse({"seed": 3, "stages": {"a": SFT, "b": SFT | {"model": "a"}}}, "r.yaml")
+    assert Recipe.model_validate(yaml.safe_load(dump(recipe))) == recipe
+    assert recipe.stages["a"].data.path == "demos.jsonl"  # type: ignore[union-attr]
+
+
+def test_values_outside_the_usual_range_are_named() -> None:
+    recipe = parse({"stages": {"a": SFT | {"optim": {"learning_rate": 0.5}}}}, "r.yaml")
+    assert [line.split(" is ")[0] for line in recipe.stages["a"].unusual()] == ["optim.learning_rate"]
+    assert parse({"stages": {"a": SFT}}, "r.yaml").stages["a"].unusual() == []
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such file"):
+        load(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("stages:\n  a: [1\n")
+    with pytest.raises(ConfigError, match=r"broken\.yaml:3: "):
+        load(broken)
+    broken.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load(broken)

@@ -1,0 +1,106 @@
+"""Run directories: nothing half written, nothing of another recipe touched, one process at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kilter import rundir
+from kilter.config import parse
+from kilter.errors import RunError
+from kilter.rundir import RunDir, read_jsonl, write_folder, write_json, write_text
+
+
+def recipe(rate: float = 1e-3):
+    stage = {"stage": "sft", "model": "m", "data": "d.jsonl", "optim": {"learning_rate": rate}}
+    return parse({"stages": {"a": stage}}, "r.yaml")
+
+
+def test_a_run_of_another_recipe_is_refused_and_left_alone(tmp_path: Path) -> None:
+    run = RunDir.open(tmp_path / "run", recipe(), environment={})
+    run.close()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=r"learning_rate: 0\.001`, here `learning_rate: 0\.002`"):
+        RunDir.open(tmp_path / "run", recipe(2e-3), environment={})
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    RunDir.open(tmp_path / "run", recipe(), environment={}).close()
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(RunError, match="not a run of Kilter"):
+        RunDir.open(tmp_path, recipe(), environment={})
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(RunError, match="not a run of Kilter"):
+        RunDir.open(file, recipe(), environment={})
+    with pytest.raises(RunError, match="a file stands where a folder is needed"):
+        RunDir.open(file / "run", recipe(), environment={})
+
+
+def test_a_run_killed_before_its_recipe_was_written_begins_again(tmp_path: Path) -> None:
+    write_json(tmp_path / "environment.json", {})
+    (tmp_path / ".lock").touch()
+    RunDir.open(tmp_path, recipe(), environment={"seed": 0}).close()
+    assert json.loads((tmp_path / "environment.json").read_text())["seed"] == 0
+
+
+def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
+    run = RunDir.open(tmp_path / "run", recipe(), environment={})
+    code = (
+        "import sys; from pathlib import Path; from kilter.config import load; from kilter.rundir import RunDir\n"
+        "path = Path(sys.argv[1])\n"
+        "RunDir.open(path, load(path / 'recipe.yaml'), environment={})"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert "another process is at work" in done.stderr
+    run.close()
+    assert subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    with write_folder(target) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(ZeroDivisionError), write_folder(target) as folder:
+        (folder / "a").write_text("half")
+        _ = 1 / 0
+    assert (target / "a").read_text() == "old"
+    with write_folder(target) as folder:
+        (folder / "b").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_full_disk_is_named_with_its_remedy(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    stage = rundir.StageDir(tmp_path)
+    stage.metrics.symlink_to("/dev/full")
+    with pytest.raises(RunError, match="the disk is full; free some space"):
+        stage.log({"step": 1})
+
+
+def test_rows_after_the_checkpoint_are_dropped_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+    stage = rundir.StageDir(tmp_path)
+    for step in (1, 2, 3):
+        stage.log({"step": step})
+    with stage.metrics.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [row["step"] for row in read_jsonl(stage.metrics)] == [1, 2, 3]
+    stage.keep_metrics_before(2)
+    assert [row["step"] for row in read_jsonl(stage.metrics)] == [1, 2]
+    write_text(stage.metrics, "oops\n{}\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl:1"):
+        read_jsonl(stage.metrics)
+
+
+def test_not_a_number_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert not (tmp_path / "x.json").exists()
