@@ -1,0 +1,106 @@
+"""How a tree is shown to a Hugging Face decoder: the dense 4-D mask, one for each kind of layer it mixes.
+
+This is the reference way to attend. It asks nothing of the model but that it takes `position_ids` and a prepared mask,
+as decoders in transformers do. A faster way (one call per segment, registered with transformers' `AttentionInterface`)
+goes beside it in this package and has to give the same numbers; `check.both_ways` compares either with the untouched
+model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kilter.tree import TokenTree
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKinds:
+    """The kinds of attention that the layers of one model use, and how the model wants to be told."""
+
+    windows: dict[str, int | None]
+    """transformers' name of the layer type -> its window in positions, None: sees its whole path."""
+    additive: bool
+    """True: a float mask, added to the scores (`eager`); False: a boolean one, True where a key is seen (`sdpa`)."""
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that describes the decoder."""
+    return config.get_text_config(decoder=True)
+
+
+def has_attention_softcap(config: Any) -> bool:
+    """Whether scores are capped before the softmax; `sdpa` silently drops it (seen: Gemma 2, transformers 5.19)."""
+    return getattr(text_config(config), "attn_logit_softcapping", None) is not None
+
+
+@functools.cache
+def inputs_of(model_type: Any) -> frozenset[str]:
+    """The names of what a model's forward takes."""
+    return frozenset(inspect.signature(model_type.forward).parameters)
+
+
+def attention_kinds(model: Any) -> AttentionKinds | str:
+    """How to pack for this model, or in words why a tree cannot be shown to it.
+
+    A model that slips through here wrongly (ALiBi takes a mask and means another) is caught by `check.both_ways`.
+    """
+    config = text_config(model.config)
+    accepted = inputs_of(model.__class__)
+    for name in ("position_ids", "attention_mask"):
+        if name not in accepted:
+            return f"{type(model).__name__} takes no {name}"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"attention {config._attn_implementation!r} takes no prepared mask"
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or [FULL if window is None else SLIDING]
+    unknown = sorted(set(types) - {FULL, SLIDING})
+    if unknown:
+        return f"{type(model).__name__} has layers of type {unknown[0]!r}"
+    windows = {kind: window if kind == SLIDING else None for kind in sorted(set(types))}
+    return AttentionKinds(windows, additive=config._attn_implementation == "eager")
+
+
+def visible(tree: TokenTree) -> Tensor:
+    """bool[B, T, T]: query q sees key k iff `k <= q` and `ancestors[segment[q], segment[k]]`; a tail only itself."""
+    num_rows, width = tree.tokens.shape
+    used = tree.segment >= 0
+    segment = tree.segment.clamp(min=0)
+    of_query = tree.ancestors.gather(1, segment[:, :, None].expand(-1, -1, tree.ancestors.shape[2]))  # [B, T, S]
+    of_query &= used[:, :, None]
+    seen = of_query.gather(2, segment[:, None, :].expand(num_rows, width, width))  # [B, T, T]
+    seen &= used[:, None, :]
+    seen = seen.tril_()
+    seen.diagonal(dim1=1, dim2=2).fill_(True)
+    return seen
+
+
+def tree_masks(tree: TokenTree, kinds: AttentionKinds, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """The 4-D mask [B, 1, T, T], or a dict of them by layer type where a model mixes full and sliding attention.
+
+    A window counts positions on the path, not places in the row: `position[q] - position[k] < window`.
+
+    Args:
+        dtype: of the scores that an additive mask is added to.
+    """
+    seen = visible(tree)
+    masks: dict[str, Tensor] = {}
+    for kind, window in kinds.windows.items():
+        within = seen
+        if window is not None:
+            within = seen & (tree.positions[:, :, None] - tree.positions[:, None, :] < window)
+        masks[kind] = _additive(within, dtype) if kinds.additive else within
+    masks = {kind: mask[:, None] for kind, mask in masks.items()}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    hidden = torch.finfo(dtype).min
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, hidden)

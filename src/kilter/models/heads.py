@@ -1,0 +1,78 @@
+"""What is read off hidden states: log-probs of given targets through the model's own language head, or one number.
+
+Both run only at the positions that were asked for. The language head runs in chunks that are computed again in the
+backward, so `[tokens, vocabulary]` never exists for more than one chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from kilter.models.attention import text_config
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits held at once: 16.8 million, 64 MiB in float32."""
+
+
+class ScalarHead(nn.Module):
+    """One number per hidden state: `w . h`, in float32; no bias, as in `AutoModelForSequenceClassification`."""
+
+    def __init__(self, hidden_size: int, *, std: float = 0.0, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        weight = torch.zeros(1, hidden_size)
+        if std:
+            weight.normal_(std=std, generator=generator)
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """float[N, H] -> float32[N]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
+
+
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """The model's own logits, float32[N, V], for final hidden states [N, H].
+
+    What families do after the last matrix is done here too: divided by `logits_scaling` (Granite), multiplied by
+    `logit_scale` (Cohere), capped as `c tanh(x / c)` by `final_logit_softcapping` (Gemma). What is not known here shows
+    as a difference in `check.both_ways`.
+    """
+    config = text_config(model.config)
+    logits: Tensor = model.get_output_embeddings()(hidden).float()
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is not None:
+        logits = logits / scaling
+    scale = getattr(config, "logit_scale", None)
+    if scale is not None:
+        logits = logits * scale
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def target_logprobs(model: Any, hidden: Tensor, target: Tensor, *, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+    """log p(target | hidden), nats, float32[N], through the model's own head; log-softmax in float32.
+
+    Args:
+        hidden: float[N, H], final hidden states (after the model's last norm).
+        target: int[N].
+        chunk_elements: logits held at once; when all N x V fit, nothing is computed twice.
+    """
+
+    def logprobs(hidden: Tensor, target: Tensor) -> Tensor:
+        return -F.cross_entropy(logits_of(model, hidden), target, reduction="none")
+
+    rows = max(1, chunk_elements // text_config(model.config).vocab_size)
+    if len(target) <= rows:
+        return logprobs(hidden, target)
+    parts = []
+    for start in range(0, len(target), rows):
+        piece = hidden[start : start + rows], target[start : start + rows]
+        parts.append(checkpoint(logprobs, *piece, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts)

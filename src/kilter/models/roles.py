@@ -1,0 +1,129 @@
+"""Roles: policy, reference, value and reward as names for (model, adapter, head), however they are held.
+
+A role may be a full copy, a LoRA adapter on a shared trunk, the trunk with its adapters off, or a head on another
+role's adapter. No algorithm knows which. Which adapter runs is an argument of the forward: it is captured in every
+checkpointed function, so that the recomputation in the backward uses the adapter of its own forward (seen with peft's
+`set_adapter`: it does not, and gradients are wrong by 100% without an error). No `requires_grad` is touched on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kilter.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """Where a role's numbers come from: a model of the trunk, an adapter on it (None: all off), maybe a scalar head."""
+
+    model: str
+    adapter: str | None = None
+    head: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A low-rank adapter: `W + (alpha / rank) B A`, B zero at the start (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] | str = "all-linear"
+    """Names of the layers that get one; "all-linear": every linear layer but the language head."""
+
+
+class AdapterSwitch:
+    """The one place that says which adapter the LoRA layers of a model use: all of them read the same list."""
+
+    def __init__(self) -> None:
+        self._active: list[str] = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Makes the LoRA layers of `model` read this switch; call it again after adding an adapter."""
+        for layer in lora_layers(model).values():
+            layer._active_adapter = self._active
+            layer._disable_adapters = False
+
+    @property
+    def active(self) -> str | None:
+        return self._active[0] if self._active else None
+
+    @contextmanager
+    def use(self, adapter: str | None) -> Iterator[None]:
+        """Runs a block with this adapter (None: all off)."""
+        before = self._active[:]
+        self._active[:] = [] if adapter is None else [adapter]
+        try:
+            yield
+        finally:
+            self._active[:] = before
+
+    def checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The checkpoint function of a model: computes again with the adapter of the first time.
+
+        Nothing random is recomputed (dropout is off), so the random state is not kept.
+        """
+        adapter = self.active
+
+        def run(*args: Any) -> Any:
+            with self.use(adapter):
+                return function(*args)
+
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """The LoRA layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def add_adapter(model: nn.Module, name: str, lora: Lora, generator: torch.Generator) -> None:
+    """Puts a LoRA adapter on a model, in place; all parameters keep their `requires_grad`, the adapter's are True.
+
+    Args:
+        generator: draws A (uniform, Kaiming with a = sqrt 5); B is zero, so nothing changes at first.
+    Raises:
+        ModelError: no layer has one of the names in `lora.targets`, or the name is taken.
+    """
+    if any(name in layer.lora_A for layer in lora_layers(model).values()):
+        raise ModelError(f"adapter {name!r} is on this model already; choose another name")
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+    try:
+        peft.inject_adapter_in_model(config, model, adapter_name=name)
+    except ValueError as err:
+        raise ModelError(f"adapter {name!r}: {err}; set `lora.targets` to names of the model's linear layers") from err
+    for parameter, requires_grad in wanted.items():
+        parameter.requires_grad_(requires_grad)
+    for layer in lora_layers(model).values():
+        if name in layer.lora_A:
+            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(up)
+            down.requires_grad_(True)
+            up.requires_grad_(True)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters of one adapter, in the order of the model's layers."""
+    found: list[nn.Parameter] = []
+    for layer in lora_layers(model).values():
+        if name in layer.lora_A:
+            found += [layer.lora_A[name].weight, layer.lora_B[name].weight]
+    return found
+
+
+def base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model without those of its adapters."""
+    return [parameter for name, parameter in model.named_parameters() if ".lora_" not in name]

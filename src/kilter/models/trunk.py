@@ -1,0 +1,177 @@
+"""The trunk: the one module that holds all models, adapters and heads of a run, with the one forward that all use.
+
+DDP and FSDP2 wrap it, and nothing calls what is inside from outside.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kilter.errors import ModelError
+from kilter.models.attention import AttentionKinds, attention_kinds, inputs_of, text_config, tree_masks
+from kilter.models.heads import ScalarHead, target_logprobs
+from kilter.models.roles import AdapterSwitch, Role, adapter_parameters, base_parameters
+from kilter.tree import TokenTree, unroll
+
+Want = Literal["logprobs", "values", "rewards"]
+
+
+class Trunk(nn.Module):
+    """Models, heads and the roles that name them.
+
+    Args:
+        models: Hugging Face decoders by name, with or without a language head.
+        roles: role -> where its numbers come from.
+        heads: scalar heads by name.
+        compute_dtype: run the decoders in this type under autocast, with parameters and gradients as they are.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        roles: Mapping[str, Role],
+        heads: Mapping[str, ScalarHead] | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict(models)
+        self.heads = nn.ModuleDict(heads or {})
+        self.roles = dict(roles)
+        self.compute_dtype = compute_dtype
+        self.layout: Literal["packed", "unrolled"] = "packed"
+        self._switches = {name: AdapterSwitch() for name in self.models}
+        for name, model in self.models.items():
+            self._switches[name].attach(model)
+            if isinstance(attention_kinds(decoder(model)), str):
+                self.layout = "unrolled"
+        for name, role in self.roles.items():
+            if role.model not in self.models or (role.head is not None and role.head not in self.heads):
+                raise ModelError(f"role {name!r} asks for {role}, which this trunk does not hold")
+
+    def forward(self, tree: TokenTree, ask: Mapping[str, str]) -> dict[str, Tensor]:
+        """Runs every (model, adapter) that is asked for once over the tree.
+
+        Args:
+            ask: role -> what is wanted of it: "logprobs" (of the targets), "values" (its head at `source`) or
+                "rewards" (its head at `last`).
+        Returns:
+            By role, float32: logprobs [N] in nats, values [N], rewards [R].
+        """
+        runs: dict[tuple[str, str | None], list[str]] = {}
+        for name, want in ask.items():
+            role = self._role(name, want)
+            runs.setdefault((role.model, role.adapter), []).append(name)
+        if self.layout == "unrolled":
+            tree = unroll(tree)
+        answers: dict[str, Tensor] = {}
+        masks: dict[Any, Any] = {}  # models of one kind share the masks of the tree
+        for (model, adapter), names in runs.items():
+            held: Any = self.models[model]
+            hidden = self._hidden(model, adapter, tree, masks).flatten(0, 1)  # [B T, H]
+            at_source = None
+            for name in names:
+                if ask[name] == "rewards":
+                    answers[name] = self.heads[str(self.roles[name].head)](hidden[tree.last])
+                    continue
+                if at_source is None:
+                    at_source = hidden[tree.source]  # [N, H]
+                if ask[name] == "values":
+                    answers[name] = self.heads[str(self.roles[name].head)](at_source)
+                else:
+                    with self._autocast(at_source.device):
+                        answers[name] = target_logprobs(held, at_source, tree.target)
+        return {name: answers[name] for name in ask}
+
+    def _role(self, name: str, want: str) -> Role:
+        if name not in self.roles:
+            raise ModelError(f"this trunk has no role {name!r}; it has {', '.join(sorted(self.roles))}")
+        role = self.roles[name]
+        model: Any = self.models[role.model]
+        if want not in get_args(Want):
+            raise ModelError(f"role {name!r} is asked for {want!r}; choose one of {', '.join(get_args(Want))}")
+        if want != "logprobs" and role.head is None:
+            raise ModelError(f"role {name!r} is asked for {want} and has no scalar head; build it with one")
+        if want == "logprobs" and model.get_output_embeddings() is None:
+            raise ModelError(f"role {name!r} is asked for logprobs and its model has no language head")
+        return role
+
+    def _hidden(self, name: str, adapter: str | None, tree: TokenTree, masks: dict[Any, Any]) -> Tensor:
+        """Final hidden states [B, T, H] of one model with one adapter (None: adapters off)."""
+        model = decoder(self.models[name])
+        inputs: dict[str, Any] = {"input_ids": tree.tokens, "position_ids": tree.positions, "use_cache": False}
+        if self.layout == "packed":
+            kinds = attention_kinds(model)
+            assert isinstance(kinds, AttentionKinds), kinds
+            dtype = self.compute_dtype or next(model.parameters()).dtype
+            key = (tuple(kinds.windows.items()), kinds.additive, dtype)
+            if key not in masks:
+                masks[key] = tree_masks(tree, kinds, dtype)
+            inputs["attention_mask"] = masks[key]
+        else:
+            inputs["attention_mask"] = (tree.segment >= 0).long()
+            inputs = {key: value for key, value in inputs.items() if key in inputs_of(model.__class__)}
+        with self._switches[name].use(adapter), self._autocast(tree.tokens.device):
+            hidden: Tensor = model(**inputs).last_hidden_state
+        return hidden
+
+    def _autocast(self, device: torch.device) -> Any:
+        return nullcontext() if self.compute_dtype is None else torch.autocast(device.type, self.compute_dtype)
+
+    @contextmanager
+    def acting_as(self, role: str) -> Iterator[Any]:
+        """The Hugging Face model of a role with the role's adapter on, for sampling with a key-value cache."""
+        held = self.roles[role]
+        with self._switches[held.model].use(held.adapter):
+            yield self.models[held.model]
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Gradient checkpointing of every layer: it is computed again in the backward, under the same role."""
+        model: Any
+        for name, model in self.models.items():
+            model._set_gradient_checkpointing(on, self._switches[name].checkpointed)
+
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        """What trains when that role trains: its adapter, or else its whole model; and its head."""
+        held = self.roles[role]
+        model = self.models[held.model]
+        if held.adapter is not None:
+            found = adapter_parameters(model, held.adapter)
+        else:
+            found = base_parameters(model if held.head is None else decoder(model))
+        return found + (list(self.heads[held.head].parameters()) if held.head is not None else [])
+
+    def train_only(self, *roles: str) -> list[nn.Parameter]:
+        """Lets the parameters of these roles have gradients and no others; returns them, each once."""
+        found = list({id(p): p for role in roles for p in self.parameters_of(role)}.values())
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for parameter in found:
+            parameter.requires_grad_(True)
+        return found
+
+
+def decoder(model: Any) -> Any:
+    """The part of a model that ends with its final hidden states: without the language head, when it has one."""
+    return model.base_model if model.get_output_embeddings() is not None else model
+
+
+def hidden_size(model: Any) -> int:
+    """Width of the final hidden states."""
+    config = text_config(model.config)
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
+
+
+def policy_trunk(model: nn.Module, *, reference: bool = False, compute_dtype: torch.dtype | None = None) -> Trunk:
+    """One trainable model as `policy`; with `reference`, a frozen copy of it as it is now."""
+    models, roles = {"policy": model}, {"policy": Role("policy")}
+    if reference:
+        models["reference"] = copy.deepcopy(model).requires_grad_(False)
+        roles["reference"] = Role("reference")
+    return Trunk(models, roles, compute_dtype=compute_dtype)
