@@ -1,0 +1,155 @@
+"""Arithmetic on scored tokens and responses that several losses share: sums by index, pairs, KL estimators, GAE.
+
+Letters as in `tree.py`: N scored tokens, R responses, P pairs of responses. Everything is indexed, nothing is masked.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-prob differences are clamped to +-20 nats before `exp`: e^20 = 4.9e8 still squares within float32."""
+
+
+def sum_by(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Sum `values` by `index`: out[i] = sum of values[n] over the n with index[n] = i.
+
+    Args:
+        values: float[N].
+        index: int[N], each in 0..size-1.
+        size: how many sums there are; an index that never occurs gives 0.
+    Returns:
+        float[size]. Values 1, 2, 3 with index 0, 1, 0 give 4, 2.
+    """
+    return values.new_zeros(size).index_add(0, index, values)
+
+
+def pairs_in_groups(group: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of responses that answer the same prompt, each once, ordered by index.
+
+    Args:
+        group: int[R], the prompt that each response answers.
+    Returns:
+        (a, b): int[P] each, with a < b and group[a] = group[b]; a prompt with k responses gives k(k-1)/2 pairs.
+        Groups 0, 0, 1, 0 give (0, 1), (0, 3), (1, 3).
+    """
+    same = group[:, None] == group[None, :]
+    a, b = same.triu(diagonal=1).nonzero(as_tuple=True)
+    return a, b
+
+
+def clamp_log_ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep a log-ratio within +-LOG_RATIO_LIMIT, so that its `exp` is finite, and count what was cut.
+
+    Returns:
+        (clamped float[N], number of clamped entries as a float tensor []). 25 and -3 give (20, -3) and 1.
+    """
+    clamped = log_ratio.clamp(min=-LOG_RATIO_LIMIT, max=LOG_RATIO_LIMIT)
+    return clamped, (clamped != log_ratio).sum().to(log_ratio.dtype)
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The plain estimator of KL(policy || reference) from the policy's own samples: unbiased, often negative.
+
+        k1 = log p(x) - log q(x),  x ~ p
+
+    Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
+
+    Args:
+        logprobs: float[N], log-prob of each token under p, the distribution it was sampled from.
+        ref_logprobs: float[N], the same tokens under q.
+    Returns:
+        float[N], nats. p = 0.5 and q = 0.25 give ln 2 = 0.6931.
+    """
+    return logprobs - ref_logprobs
+
+
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:  # same if swapped
+    """Half the squared log-ratio: never negative, low variance, biased; its gradient is that of the KL.
+
+        k2 = (log p(x) - log q(x))^2 / 2,  x ~ p
+
+    Schulman 2020 (see `kl_k1`, also for the arguments). Returns float[N], nats. p = 0.5, q = 0.25: 0.2402.
+    """
+    return (logprobs - ref_logprobs).square() / 2
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The estimator with a control variate: unbiased and never negative.
+
+        k3 = r - 1 - log r,  r = q(x) / p(x),  x ~ p
+
+    Schulman 2020 (see `kl_k1`, also for the arguments). log r is clamped before `exp` (`clamp_log_ratio` counts it).
+    Returns float[N], nats. p = 0.5, q = 0.25: 0.5 - 1 + ln 2 = 0.1931.
+    """
+    log_ratio, _ = clamp_log_ratio(ref_logprobs - logprobs)
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def mean_and_sem(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of independent values and its standard error, sd / sqrt(n) with n - 1 in the variance.
+
+    Returns:
+        (mean [], standard error []): NaN where it cannot be known, the error below two values and the mean of none.
+        1, 2, 3, 4 give 2.5 and sqrt(5/3)/2 = 0.6455.
+    """
+    n = values.numel()
+    if n < 2:
+        return values.mean(), values.new_full((), math.nan)
+    return values.mean(), values.std(correction=1) / math.sqrt(n)
+
+
+def whiten(values: Tensor, *, subtract_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """Scale to variance 1 and, unless told otherwise, shift to mean 0.
+
+        (x - mean) / sqrt(variance + eps)   (+ mean, when the mean is kept)
+
+    The variance is over n, so one value whitens to 0. Moments are of the values given: whiten a whole step's rollouts,
+    not a micro-batch, or the gradient depends on the packing.
+
+    Returns:
+        float[N]. 1, 3 give -1, 1; with `subtract_mean=False` 1, 3.
+    """
+    mean = values.mean()
+    scaled = (values - mean) * torch.rsqrt(values.var(correction=0) + eps)
+    return scaled if subtract_mean else scaled + mean
+
+
+def gae(
+    rewards: Tensor, values: Tensor, leaf: Tensor, *, gamma: float = 1.0, gae_lambda: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation along each response; the value after a response's last token is 0.
+
+        delta_n = r_n + gamma V_{n+1} - V_n
+        A_n     = delta_n + gamma lambda A_{n+1}          returns_n = A_n + V_n
+
+    Schulman et al. 2016, arXiv 1506.02438, eq. 16. All responses at once in log2(N) rounds: after round i, A_n holds
+    the sum of its first 2^i terms, because two runs of the recurrence compose into one (a scan), and a run never
+    crosses into the next response.
+
+    Args:
+        rewards: float[N], paid for each scored token.
+        values: float[N], the value just before the token.
+        leaf: int[N], response of each token; the tokens of one response are contiguous and in order.
+        gamma: discount per token in [0, 1].
+        gae_lambda: in [0, 1]; 0 is the one-step error, 1 the whole return minus the value.
+    Returns:
+        (advantages, returns): float[N] each. One response, rewards 0, 1, values 0.5, 0.5, gamma = lambda = 1: 0.5, 0.5.
+    """
+    follows = torch.zeros_like(leaf, dtype=torch.bool)  # bool[N]: token n + 1 belongs to the same response
+    follows[:-1] = leaf[1:] == leaf[:-1]
+    next_values = torch.where(follows, values.roll(-1), 0.0)
+    advantages = rewards + gamma * next_values - values
+    carry = gamma * gae_lambda * follows.to(values.dtype)
+    for hop in (1 << i for i in range(values.numel().bit_length())):
+        advantages = advantages + carry * _shift(advantages, hop)
+        carry = carry * _shift(carry, hop)
+    return advantages, advantages + values
+
+
+def _shift(values: Tensor, hop: int) -> Tensor:
+    """out[n] = values[n + hop], 0 past the end."""
+    return torch.cat([values[hop:], values.new_zeros(min(hop, values.numel()))])

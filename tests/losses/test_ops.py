@@ -1,0 +1,162 @@
+"""Shared arithmetic: values worked out by hand, and what must hold for any input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kilter import ops
+
+
+def f64(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_sum_by() -> None:
+    got = ops.sum_by(f64(1.0, 2.0, 4.0, 8.0), torch.tensor([0, 2, 0, 2]), 4)
+    assert got.tolist() == [5.0, 0.0, 10.0, 0.0]
+
+
+def test_sum_by_of_nothing() -> None:
+    assert ops.sum_by(f64(), torch.tensor([], dtype=torch.int64), 3).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_sum_by_passes_the_gradient() -> None:
+    values = f64(1.0, 2.0, 4.0).requires_grad_()
+    (ops.sum_by(values, torch.tensor([1, 0, 1]), 2) * f64(10.0, 3.0)).sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [3.0, 10.0, 3.0]
+
+
+def test_pairs_in_groups() -> None:
+    a, b = ops.pairs_in_groups(torch.tensor([0, 0, 1, 0, 2, 1]))
+    assert list(zip(a.tolist(), b.tolist(), strict=True)) == [(0, 1), (0, 3), (1, 3), (2, 5)]
+
+
+def test_no_pairs_in_an_empty_batch() -> None:
+    a, b = ops.pairs_in_groups(torch.tensor([], dtype=torch.int64))
+    assert a.numel() == b.numel() == 0
+
+
+def test_clamped_log_ratios_are_counted() -> None:
+    clamped, count = ops.clamp_log_ratio(f64(25.0, -3.0, -20.5, 20.0, 0.0))
+    assert clamped.tolist() == [20.0, -3.0, -20.0, 20.0, 0.0]
+    assert count.item() == 2.0
+
+
+def test_kl_estimators_by_hand() -> None:
+    p, q = f64(math.log(0.5), math.log(0.2)), f64(math.log(0.25), math.log(0.6))
+    assert ops.kl_k1(p, q).tolist() == pytest.approx([math.log(2), -math.log(3)], abs=1e-12)
+    assert ops.kl_k2(p, q).tolist() == pytest.approx([math.log(2) ** 2 / 2, math.log(3) ** 2 / 2], abs=1e-12)
+    assert ops.kl_k3(p, q).tolist() == pytest.approx([0.5 - 1 + math.log(2), 3 - 1 - math.log(3)], abs=1e-12)
+
+
+def test_k3_of_a_vanished_token_is_finite() -> None:
+    assert ops.kl_k3(f64(-90.0), f64(0.0)).item() == pytest.approx(math.exp(20) - 21, rel=1e-12)
+
+
+def test_k1_and_k3_are_unbiased_and_k3_varies_less() -> None:
+    p, q = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64), torch.tensor([0.6, 0.25, 0.15], dtype=torch.float64)
+    exact = (p * (p / q).log()).sum().item()
+    k1, k3 = ops.kl_k1(p.log(), q.log()), ops.kl_k3(p.log(), q.log())
+    assert (p * k1).sum().item() == pytest.approx(exact, abs=1e-12)
+    assert (p * k3).sum().item() == pytest.approx(exact, abs=1e-12)
+    spread1, spread3 = (p * (k1 - exact) ** 2).sum(), (p * (k3 - exact) ** 2).sum()
+    assert spread3 < spread1 / 10
+
+
+def test_mean_and_standard_error() -> None:
+    mean, sem = ops.mean_and_sem(f64(1.0, 2.0, 3.0, 4.0))
+    assert mean.item() == 2.5
+    assert sem.item() == pytest.approx(math.sqrt((2.25 + 0.25 + 0.25 + 2.25) / 3) / 2, abs=1e-12)
+    mean, sem = ops.mean_and_sem(f64(1.0, 4.0))
+    assert sem.item() == pytest.approx(math.sqrt(4.5 / 2), abs=1e-12)
+
+
+def test_one_value_has_a_mean_and_no_known_error() -> None:
+    mean, sem = ops.mean_and_sem(f64(7.0))
+    assert mean.item() == 7.0
+    assert math.isnan(sem.item())
+
+
+def test_whiten_by_hand() -> None:
+    assert ops.whiten(f64(1.0, 3.0)).tolist() == pytest.approx([-1.0, 1.0], abs=1e-7)
+    assert ops.whiten(f64(5.0, 9.0), subtract_mean=False).tolist() == pytest.approx([6.0, 8.0], abs=1e-7)
+    assert ops.whiten(f64(0.001, 0.003), eps=3e-6).tolist() == pytest.approx([-0.5, 0.5], abs=1e-12)
+
+
+def test_whitening_one_value_gives_zero() -> None:
+    assert ops.whiten(f64(3.0)).tolist() == [0.0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=20), st.floats(0.5, 3), st.floats(-5, 5))
+def test_whitening_takes_scale_and_level_away(values: list[float], scale: float, level: float) -> None:
+    x = f64(*values)
+    if x.std() < 0.1:
+        return
+    got = ops.whiten(x)
+    assert got.mean().abs() < 1e-9
+    assert got.square().mean().item() == pytest.approx(1, abs=1e-4)
+    assert torch.allclose(ops.whiten(scale * x + level), got, atol=1e-4)
+
+
+def test_whitening_defaults_keep_small_signals() -> None:
+    assert ops.whiten(f64(-1e-3, 1e-3)).tolist() == pytest.approx([-0.995037, 0.995037], abs=1e-5)
+
+
+# GAE: two responses of 3 and 2 tokens. Rewards and values are all different, so that no two mistakes can cancel.
+REWARDS, VALUES = f64(0.1, 0.2, 1.0, -0.3, 2.0), f64(0.5, 0.4, 0.7, 0.25, -0.6)
+LEAF = torch.tensor([0, 0, 0, 1, 1])
+
+
+def test_gae_by_hand() -> None:
+    gamma, lam = 0.9, 0.8
+    d2 = 1.0 - 0.7
+    d1 = 0.2 + gamma * 0.7 - 0.4
+    d0 = 0.1 + gamma * 0.4 - 0.5
+    d4 = 2.0 + 0.6
+    d3 = -0.3 + gamma * -0.6 - 0.25
+    a2, a4 = d2, d4
+    a1, a3 = d1 + gamma * lam * a2, d3 + gamma * lam * a4
+    a0 = d0 + gamma * lam * a1
+    advantages, returns = ops.gae(REWARDS, VALUES, LEAF, gamma=gamma, gae_lambda=lam)
+    assert advantages.tolist() == pytest.approx([a0, a1, a2, a3, a4], abs=1e-12)
+    assert returns.tolist() == pytest.approx([a0 + 0.5, a1 + 0.4, a2 + 0.7, a3 + 0.25, a4 - 0.6], abs=1e-12)
+
+
+def test_gae_defaults_are_undiscounted_with_lambda_0_95() -> None:
+    advantages, _ = ops.gae(f64(0.0, 1.0), f64(0.5, 0.25), torch.tensor([0, 0]))
+    assert advantages.tolist() == pytest.approx([(0.25 - 0.5) + 0.95 * 0.75, 0.75], abs=1e-12)
+
+
+def test_gae_of_one_token_and_of_none() -> None:
+    advantages, returns = ops.gae(f64(3.0), f64(1.0), torch.tensor([0]))
+    assert (advantages.item(), returns.item()) == (2.0, 3.0)
+    advantages, returns = ops.gae(f64(), f64(), torch.tensor([], dtype=torch.int64))
+    assert advantages.numel() == returns.numel() == 0
+
+
+def test_lambda_one_is_the_whole_return() -> None:
+    _, returns = ops.gae(REWARDS, VALUES, LEAF, gamma=1.0, gae_lambda=1.0)
+    assert returns.tolist() == pytest.approx([1.3, 1.2, 1.0, 1.7, 2.0], abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.floats(0, 1), st.floats(0, 1), st.integers(0, 1000))
+def test_gae_of_a_response_does_not_depend_on_its_neighbours(
+    lengths: list[int], gamma: float, lam: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+    rewards, values = (torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(2))
+    leaf = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    together, _ = ops.gae(rewards, values, leaf, gamma=gamma, gae_lambda=lam)
+    for r, v, got in zip(rewards.split(lengths), values.split(lengths), together.split(lengths), strict=True):
+        alone, _ = ops.gae(r, v, torch.zeros(len(r), dtype=torch.int64), gamma=gamma, gae_lambda=lam)
+        assert torch.allclose(got, alone, atol=1e-10)
