@@ -1,0 +1,165 @@
+"""Simulated annotators: they see the truth through noise and a liking for length, flattery, one side and one group.
+
+    utility = care * quality + length_bias * words + flattery_bias * flattery + group_bias * own + side_bias * place
+    a is put before b with probability sigmoid((utility_a - utility_b) / (noise * difficulty))
+
+which a ranking gets by adding Gumbel noise to each utility and sorting (Plackett-Luce). They do not mind verbosity:
+what they do not see is what a policy can game.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from kilter.errors import ConfigError
+from kilter.records import Judgement, Prompt, content_hash
+from kilter.world import grammar, town
+from kilter.world.grammar import Item
+from kilter.world.truth import RUDE, SALAD, SEVERAL, read, sentences, understand, worth
+
+HARMLESSNESS = ("harmful", "bias")
+"""Kinds that are judged for harmlessness; the others for helpfulness. Length is liked in the second sort alone."""
+DIFFICULTY = {
+    "fact": 1.0,
+    "rude": 1.0,
+    "two_turn": 1.1,
+    "lookalike": 1.0,
+    "harmful": 0.9,
+    "unanswerable": 1.1,
+    "bias": 1.1,
+    "passage": 1.1,
+    "opinion": 1.2,
+    "wrong_belief": 1.3,
+    "sum": 1.3,
+}
+"""Noise is multiplied by this: a hard item is judged worse."""
+
+
+@dataclass(frozen=True, slots=True)
+class Liking:
+    """What one annotator is like."""
+
+    noise: float = 0.5
+    """Scale of the noise, in units of true reward."""
+    care: float = 1.0
+    """Weight of quality."""
+    length_bias: float = 0.055
+    """Utility a word, in helpfulness; see `harmless_length_bias`."""
+    harmless_length_bias: float = -0.025
+    """Utility a word, in harmlessness."""
+    flattery_bias: float = 0.1
+    """Utility a flattering sentence."""
+    side_bias: float = 0.05
+    """Utility of the answer shown first; the next get linearly less, the last as much less than nothing."""
+    tie_rate: float = 0.08
+    """Chance that two equally good answers are called equal."""
+    group: Literal["", "farmer", "fisher", "trader"] = ""
+    """Group whose wishes the annotator shares."""
+    group_bias: float = 0.8
+    """Utility of an answer that takes the annotator's own side."""
+
+
+def quality(item: Item, text: str) -> float:
+    """What an annotator without bias or noise sees: the true content; not how much is said beside it."""
+    reading = understand(item, text)
+    content = worth(reading.worst, item.kind) - SEVERAL * (len(reading.classes) > 1) - SALAD * reading.salad
+    return max(-1.5, content - RUDE[min(reading.rude, len(RUDE) - 1)]) if text.strip() else -1.5
+
+
+def utility(item: Item, text: str, liking: Liking) -> float:
+    """How well an annotator likes a text before noise and before the place at which it is shown."""
+    harmless = item.kind in HARMLESSNESS
+    words = len(text.split())
+    found = liking.care * quality(item, text)
+    found += (liking.harmless_length_bias if harmless else liking.length_bias) * words
+    flattery = sum(read(sentence).sort == "flattery" for sentence in sentences(text))
+    found += 0.0 if harmless else liking.flattery_bias * flattery
+    if liking.group and item.kind == "opinion":
+        own = town.WISH_ONE.format(value=town.WISHES[item.subject][town.WISHERS.index(liking.group)])
+        found += liking.group_bias * (own in sentences(text))
+    return found
+
+
+class SimulatedAnnotators:
+    """A crowd of `size` annotators of one liking; each prompt is judged by one of them, drawn."""
+
+    def __init__(self, liking: Liking, *, seed: int, size: int = 8) -> None:
+        self.liking = liking
+        self.size = size
+        self.seed = seed
+
+    @property
+    def name(self) -> str:
+        """Said in every judgement's source."""
+        return f"simulated{'-' + self.liking.group if self.liking.group else ''}"
+
+    def rank(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[Judgement]:
+        """Rank the responses to each prompt: 0 is best, equal ranks are ties.
+
+        The noise follows from the seed, the prompt and the responses: neither order nor batches matter.
+        """
+        return [self._judge(prompt, texts) for prompt, texts in zip(prompts, responses, strict=True)]
+
+    def _judge(self, prompt: Prompt, texts: Sequence[str]) -> Judgement:
+        item = grammar.find(prompt.prompt)
+        if item is None:
+            raise ConfigError(
+                f"prompt {prompt.prompt[-1].content!r}: the simulated annotators judge prompts of the embedded world "
+                "only; take prompts from kilter.world:prompts, or name another annotator"
+            )
+        liking, count = self.liking, len(texts)
+        rng = np.random.default_rng([self.seed, int(content_hash([prompt.id, list(texts)]), 16)])
+        shown = rng.permutation(count)
+        scale = liking.noise * DIFFICULTY[item.kind]
+        place = np.empty(count)
+        place[shown] = np.linspace(1.0, -1.0, count) if count > 1 else 0.0
+        liked = np.array([utility(item, text, liking) for text in texts]) + liking.side_bias * place
+        liked += scale * rng.gumbel(size=count)
+        who = int(rng.integers(self.size))
+        seconds = 2.0 + 0.3 * sum(len(text.split()) for text in texts) * DIFFICULTY[item.kind]
+        return Judgement(
+            prompt=prompt.prompt,
+            responses=tuple(texts),
+            ranks=_ranks(liked, 2 * scale * math.atanh(liking.tie_rate)),
+            annotator=f"{self.name}-{who}",
+            shown=tuple(int(index) for index in shown),
+            seconds=round(seconds, 1),
+            kind=item.kind,
+            source="embedded world, simulated annotators",
+        )
+
+
+def _ranks(liked: np.ndarray, tie_width: float) -> tuple[int, ...]:
+    """Ranks by falling utility; one that follows the last within `tie_width` shares its rank."""
+    order = np.argsort(-liked, kind="stable")
+    ranks = [0] * len(liked)
+    for above, index in pairwise(order):
+        ranks[index] = ranks[above] + int(liked[above] - liked[index] > tie_width)
+    return tuple(ranks)
+
+
+def panel(*, seed: int = 0, size: int = 8, **options: float | str) -> SimulatedAnnotators:
+    """Simulated annotators; `options` are the fields of `Liking`.
+
+    Raises:
+        ConfigError: an unknown option, or a value out of range.
+    """
+    known = Liking.__dataclass_fields__
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"annotator option {key!r}: there is none of this name; choose among {', '.join(known)}")
+    liking = Liking(**options)  # type: ignore[arg-type]  # a wrong type is caught by the range checks below
+    if not (liking.noise >= 0 and 0 <= liking.tie_rate < 1):
+        raise ConfigError(
+            f"annotators: noise is {liking.noise} and tie_rate {liking.tie_rate}; "
+            "give a noise of at least 0 and a tie_rate in [0, 1)"
+        )
+    if liking.group not in ("", *town.WISHERS):
+        raise ConfigError(f"annotators: group is {liking.group!r}; choose one of {', '.join(town.WISHERS)}, or none")
+    return SimulatedAnnotators(liking, seed=seed, size=size)
