@@ -41,6 +41,13 @@ def has_attention_softcap(config: Any) -> bool:
     return getattr(text_config(config), "attn_logit_softcapping", None) is not None
 
 
+def layer_windows(config: Any) -> dict[str, int | None]:
+    """The types of layer that a configuration mixes, each with its window in positions (None: the whole path)."""
+    window = getattr(text_config(config), "sliding_window", None)
+    types = getattr(text_config(config), "layer_types", None) or [FULL if window is None else SLIDING]
+    return {kind: window if kind == SLIDING else None for kind in sorted(set(types))}
+
+
 @functools.cache
 def inputs_of(model_type: Any) -> frozenset[str]:
     """The names of what a model's forward takes."""
@@ -59,12 +66,10 @@ def attention_kinds(model: Any) -> AttentionKinds | str:
             return f"{type(model).__name__} takes no {name}"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"attention {config._attn_implementation!r} takes no prepared mask"
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or [FULL if window is None else SLIDING]
-    unknown = sorted(set(types) - {FULL, SLIDING})
+    windows = layer_windows(config)
+    unknown = sorted(windows.keys() - {FULL, SLIDING})
     if unknown:
         return f"{type(model).__name__} has layers of type {unknown[0]!r}"
-    windows = {kind: window if kind == SLIDING else None for kind in sorted(set(types))}
     return AttentionKinds(windows, additive=config._attn_implementation == "eager")
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from kilter.errors import ModelError
 from kilter.models.attention import has_attention_softcap
@@ -24,8 +28,7 @@ def load_model(
 ) -> Any:
     """A causal language model, in training mode, with every dropout at 0.
 
-    What dropout the model was published with is kept in `model.kilter_dropout` (name -> probability) and written back
-    when the model is saved.
+    The configuration it was published with, dropout included, is kept in `model.kilter_origin` and saved with it.
 
     Args:
         path: a local folder, or a name on the hub.
@@ -47,6 +50,7 @@ def _load(kind: Any, path: str | Path, *, dtype: str, attention: str | None, rev
     if dtype not in DTYPES:
         raise ModelError(f"{path}: dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     config = load_config(path, revision=revision)
+    origin = copy.deepcopy(config)
     dropout = remove_dropout(config)
     if attention is None and has_attention_softcap(config):
         attention = "eager"  # sdpa loses the cap without a word
@@ -69,8 +73,38 @@ def _load(kind: Any, path: str | Path, *, dtype: str, attention: str | None, rev
             f"{path}: the weights do not fill {type(model).__name__}: {lacking[0]} and {len(lacking) - 1} more are "
             "missing or of another shape, and would be random; use a folder whose weights belong to its config.json"
         )
-    model.kilter_dropout = dropout
+    for name, value in dropout.items():
+        log.info("%s: %s was %g and is 0 for training", path, name, value)
+    model.kilter_origin = origin
     return model.train()
+
+
+def origin_config(model: Any) -> Any:
+    """A copy of the configuration a model was published with: dropout as it was, whatever was changed since."""
+    origin = copy.deepcopy(getattr(model, "kilter_origin", model.config))
+    origin.get_text_config(decoder=True).vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    return origin
+
+
+def plain_model(model: Any, tensors: Mapping[str, Tensor], *, kind: Any = None, config: Any = None) -> Any:
+    """An ordinary Hugging Face model, in eval mode, that holds these tensors themselves, not copies.
+
+    It has its own default attention, but `eager` where scores are capped: the default there, `sdpa`, drops the cap.
+
+    Args:
+        model: the model whose kind and published configuration it has.
+        tensors: every weight and persistent buffer of it, by name.
+        kind, config: another class or configuration.
+    """
+    config = origin_config(model) if config is None else config
+    attention = "eager" if has_attention_softcap(config) else None
+    with no_init_weights():
+        plain = (kind or model.__class__)._from_config(config, attn_implementation=attention, dtype=model.dtype)
+    plain.load_state_dict(tensors, assign=True)
+    plain.tie_weights()
+    if model.can_generate() and plain.can_generate():
+        plain.generation_config = copy.deepcopy(model.generation_config)
+    return plain.eval()
 
 
 def load_config(path: str | Path, *, revision: str | None = None) -> Any:
@@ -104,33 +138,21 @@ def _first_line(err: Exception) -> str:
     return next(iter(str(err).strip().splitlines()), type(err).__name__)
 
 
+# What makes a forward random while training, by part of the name of the configuration's field.
 RANDOM_FIELDS = ("drop", "router_jitter_noise")
 
 
 def remove_dropout(config: Any) -> dict[str, float]:
     """Sets every dropout (and router jitter) of a configuration to 0, in place, and returns what was there."""
     found: dict[str, float] = {}
-    for prefix, part in _parts(config):
-        for name, value in vars(part).items():
+    nested = {f"{name}.": part for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)}
+    for prefix, part in {"": config, **nested}.items():
+        for name, value in list(vars(part).items()):
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and value > 0 and any(word in name for word in RANDOM_FIELDS):
                 found[f"{prefix}{name}"] = float(value)
                 setattr(part, name, 0.0)
     return found
-
-
-def restore_dropout(config: Any, dropout: dict[str, float]) -> None:
-    """The inverse of `remove_dropout`, for a configuration that is about to be saved."""
-    for prefix, part in _parts(config):
-        for name in vars(part).keys() & {key.removeprefix(prefix) for key in dropout if key.startswith(prefix)}:
-            setattr(part, name, dropout[f"{prefix}{name}"])
-
-
-def _parts(config: Any) -> list[tuple[str, Any]]:
-    nested = [
-        (f"{name}.", part) for name, part in vars(config).items() if isinstance(part, transformers.PreTrainedConfig)
-    ]
-    return [("", config), *nested]
 
 
 def weights_hash(model: Any) -> str:

@@ -12,15 +12,18 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from kilter.errors import ModelError
+
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,8 @@ class Lora:
 
     rank: int = 16
     alpha: float = 32.0
-    targets: tuple[str, ...] | str = "all-linear"
-    """Names of the layers that get one; "all-linear": every linear layer but the language head."""
+    targets: tuple[str, ...] | Literal["all-linear"] = ALL_LINEAR
+    """Names of layers that get one; "all-linear": every linear layer but the language head (not experts' weights)."""
 
 
 class AdapterSwitch:
@@ -87,6 +90,18 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def linear_layers(model: Any) -> dict[str, nn.Module]:
+    """The linear layers of a model by name, without its language head; where one has an adapter, the layer below it."""
+    head = model.get_output_embeddings()
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        inside = ".base_layer" in name or ".lora_" in name
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not head and not inside:
+            found[name] = layer
+    return found
+
+
 def add_adapter(model: nn.Module, name: str, lora: Lora, generator: torch.Generator) -> None:
     """Puts a LoRA adapter on a model, in place; all parameters keep their `requires_grad`, the adapter's are True.
 
@@ -98,16 +113,28 @@ def add_adapter(model: nn.Module, name: str, lora: Lora, generator: torch.Genera
     if any(name in layer.lora_A for layer in lora_layers(model).values()):
         raise ModelError(f"adapter {name!r} is on this model already; choose another name")
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+    linear = linear_layers(model)
+    # Below a plain module, peft takes names as they are; given the model itself it turns the names of dense layers into
+    # those of fused experts (Qwen3-MoE).
+    holder = nn.ModuleDict({"model": model})
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=[f"model.{name}" for name in linear] if lora.targets == ALL_LINEAR else list(lora.targets),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
+    )
     try:
-        peft.inject_adapter_in_model(config, model, adapter_name=name)
+        peft.inject_adapter_in_model(config, holder, adapter_name=name)
     except ValueError as err:
         raise ModelError(f"adapter {name!r}: {err}; set `lora.targets` to names of the model's linear layers") from err
     for parameter, requires_grad in wanted.items():
         parameter.requires_grad_(requires_grad)
-    for layer in lora_layers(model).values():
+    for layer_name, layer in lora_layers(model).items():
         if name in layer.lora_A:
+            if layer_name not in linear:
+                raise ModelError(
+                    f"adapter {name!r}: {layer_name} is not a linear layer; leave it out of `lora.targets`"
+                )
             down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
             nn.init.zeros_(up)
@@ -122,6 +149,19 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
         if name in layer.lora_A:
             found += [layer.lora_A[name].weight, layer.lora_B[name].weight]
     return found
+
+
+def plain_tensors(model: nn.Module, adapter: str | None) -> dict[str, Tensor]:
+    """A model's weights and buffers under the names they have without LoRA layers, one adapter merged in.
+
+    The merged weights are differentiable functions of the trunk's parameters: `W + (alpha / rank) B A`.
+    """
+    held = model.state_dict(keep_vars=True)
+    tensors = {name.replace(".base_layer.", "."): value for name, value in held.items() if ".lora_" not in name}
+    for name, layer in lora_layers(model).items():
+        if adapter is not None and adapter in layer.lora_A:
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + layer.get_delta_weight(adapter)
+    return tensors
 
 
 def base_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -5,7 +5,6 @@ DDP and FSDP2 wrap it, and nothing calls what is inside from outside.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -41,19 +40,35 @@ class Trunk(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.models = nn.ModuleDict(models)
+        self.models = nn.ModuleDict()
         self.heads = nn.ModuleDict(heads or {})
-        self.roles = dict(roles)
+        self.roles: dict[str, Role] = {}
         self.compute_dtype = compute_dtype
         self.layout: Literal["packed", "unrolled"] = "packed"
-        self._switches = {name: AdapterSwitch() for name in self.models}
-        for name, model in self.models.items():
-            self._switches[name].attach(model)
-            if isinstance(attention_kinds(decoder(model)), str):
-                self.layout = "unrolled"
-        for name, role in self.roles.items():
-            if role.model not in self.models or (role.head is not None and role.head not in self.heads):
-                raise ModelError(f"role {name!r} asks for {role}, which this trunk does not hold")
+        self._switches: dict[str, AdapterSwitch] = {}
+        for name, model in models.items():
+            self.add_model(name, model)
+        for name, role in roles.items():
+            self.add_role(name, role)
+
+    def add_model(self, name: str, model: nn.Module) -> None:
+        """Holds another model, for roles to be named on."""
+        self.models[name] = model
+        self._switches[name] = AdapterSwitch()
+        self._switches[name].attach(model)
+        if isinstance(attention_kinds(decoder(model)), str):
+            self.layout = "unrolled"
+
+    def add_role(self, name: str, role: Role, head: ScalarHead | None = None) -> None:
+        """Names another role, with the head that it brings; its adapter must be on the model already."""
+        if head is not None and role.head is not None:
+            self.heads[role.head] = head
+        if role.model not in self.models or (role.head is not None and role.head not in self.heads):
+            raise ModelError(f"role {name!r} asks for {role}, which this trunk does not hold")
+        if role.adapter is not None and not adapter_parameters(self.models[role.model], role.adapter):
+            raise ModelError(f"role {name!r} asks for adapter {role.adapter!r}, which is not on model {role.model!r}")
+        self._switches[role.model].attach(self.models[role.model])
+        self.roles[name] = role
 
     def forward(self, tree: TokenTree, ask: Mapping[str, str]) -> dict[str, Tensor]:
         """Runs every (model, adapter) that is asked for once over the tree.
@@ -166,12 +181,3 @@ def hidden_size(model: Any) -> int:
     """Width of the final hidden states."""
     config = text_config(model.config)
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
-
-
-def policy_trunk(model: nn.Module, *, reference: bool = False, compute_dtype: torch.dtype | None = None) -> Trunk:
-    """One trainable model as `policy`; with `reference`, a frozen copy of it as it is now."""
-    models, roles = {"policy": model}, {"policy": Role("policy")}
-    if reference:
-        models["reference"] = copy.deepcopy(model).requires_grad_(False)
-        roles["reference"] = Role("reference")
-    return Trunk(models, roles, compute_dtype=compute_dtype)

@@ -1,0 +1,105 @@
+"""Adapter folders: one role's LoRA weights and head, in peft's layout, tied to the trunk they were trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+
+from kilter.errors import ModelError
+from kilter.models.heads import ScalarHead
+from kilter.models.load import weights_hash
+from kilter.models.roles import Lora, Role, add_adapter, lora_layers
+from kilter.models.trunk import Trunk, hidden_size
+from kilter.rundir import write_folder, write_json
+
+WEIGHTS, HEAD = "adapter_model.safetensors", "head.safetensors"
+
+
+def save_adapter(trunk: Trunk, role: str, folder: str | Path) -> None:
+    """Writes a role's adapter (and head) alone; plain peft loads it on the same base model."""
+    held = trunk.roles[role]
+    if held.adapter is None:
+        raise ModelError(f"role {role!r} is no adapter; save it as a whole model")
+    with write_folder(Path(folder)) as beside:
+        write_adapter(trunk, role, beside, weights_hash(trunk.models[held.model]))
+
+
+def write_adapter(trunk: Trunk, role: str, folder: Path, trunk_hash: str) -> None:
+    """The files of `save_adapter`, into a folder that is made here."""
+    held = trunk.roles[role]
+    model: Any = trunk.models[held.model]
+    prefix = _prefix(model)
+    layers = {name: layer for name, layer in lora_layers(model).items() if held.adapter in layer.lora_A}
+    weights = {}
+    for name, layer in layers.items():
+        weights[f"base_model.model.{prefix}{name}.lora_A.weight"] = layer.lora_A[held.adapter].weight.detach()
+        weights[f"base_model.model.{prefix}{name}.lora_B.weight"] = layer.lora_B[held.adapter].weight.detach()
+    first = next(iter(layers.values()))
+    config = peft.LoraConfig(
+        r=first.r[held.adapter],
+        lora_alpha=first.lora_alpha[held.adapter],
+        target_modules=[prefix + name for name in layers],
+        fan_in_fan_out=first.fan_in_fan_out,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    if held.head is not None:
+        head: Any = trunk.heads[held.head]
+        save_file({"score.weight": head.weight.detach()}, folder / HEAD)
+    config.save_pretrained(str(folder))
+    write_json(folder / "kilter.json", {"role": role, "trunk": trunk_hash})
+
+
+def load_adapter(trunk: Trunk, role: str, folder: str | Path, *, model: str, adapter: str | None = None) -> None:
+    """Puts a saved adapter (and its head) on a model of the trunk, as a new role.
+
+    Args:
+        role: the new role's name; also of its head, if it has one.
+        model: the name of the trunk's model it goes on.
+        adapter: the adapter's name there; None: the role's.
+    Raises:
+        ModelError: no adapter of Kilter's in that folder, or it was trained on another trunk.
+    """
+    folder = Path(folder)
+    base: Any = trunk.models[model]
+    for file in ("kilter.json", "adapter_config.json", WEIGHTS):
+        if not (folder / file).is_file():
+            raise ModelError(f"{folder}: no {file} in it; give a folder that holds an adapter saved by Kilter")
+    trained_on = json.loads((folder / "kilter.json").read_text(encoding="utf-8")).get("trunk")
+    here = weights_hash(base)
+    if trained_on != here:
+        raise ModelError(
+            f"{folder}: this adapter was trained on the trunk {str(trained_on)[:12]}, and here it would go on "
+            f"{here[:12]}; load the model it was trained on, or use the merged model beside it"
+        )
+    config = peft.LoraConfig.from_pretrained(str(folder))
+    prefix = _prefix(base)
+    name = adapter or role
+    targets = tuple(target.removeprefix(prefix) for target in sorted(config.target_modules))
+    add_adapter(base, name, Lora(config.r, config.lora_alpha, targets), torch.Generator())
+    weights = load_file(folder / WEIGHTS)
+    with torch.no_grad():
+        for layer_name, layer in lora_layers(base).items():
+            if name in layer.lora_A:
+                stem = f"base_model.model.{prefix}{layer_name}"
+                layer.lora_A[name].weight.copy_(weights.pop(f"{stem}.lora_A.weight"))
+                layer.lora_B[name].weight.copy_(weights.pop(f"{stem}.lora_B.weight"))
+        if weights:
+            raise ModelError(f"{folder}: {sorted(weights)[0]} belongs to no layer of this trunk")
+        head = None
+        if (folder / HEAD).is_file():
+            head = ScalarHead(hidden_size(base))
+            head.weight.copy_(load_file(folder / HEAD)["score.weight"])
+    trunk.add_role(role, Role(model, name, role if head is not None else None), head)
+
+
+def _prefix(model: Any) -> str:
+    """What comes before a layer's name in a causal language model, for a model that is only its decoder."""
+    return "" if model.get_output_embeddings() is not None else f"{model.base_model_prefix}."

@@ -1,0 +1,166 @@
+"""Builds the trunks that the stages train: a policy, a reward model, and PPO's three roles, whole or as adapters."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from kilter.errors import ModelError
+from kilter.models.adapters import load_adapter
+from kilter.models.heads import ScalarHead
+from kilter.models.load import load_classifier, load_config, load_model
+from kilter.models.roles import Lora, Role, add_adapter, base_parameters
+from kilter.models.save import sequence_classifier
+from kilter.models.trunk import Trunk, decoder, hidden_size
+
+Source = Any
+"""A loaded Hugging Face model, or the folder or hub name of one."""
+
+
+def policy_trunk(
+    model: Source,
+    *,
+    reference: bool = False,
+    lora: Lora | None = None,
+    generator: torch.Generator | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Trunk:
+    """One trainable model as `policy`.
+
+    Args:
+        reference: also hold the model as it is now, frozen, as `reference`: a copy, or with `lora` the same model with
+            its adapter off, which costs nothing and is always there.
+        lora: train an adapter on the frozen model.
+        generator: draws the adapter's first values; needed with `lora`.
+    """
+    model = _loaded(model)
+    if lora is not None:
+        _freeze_with_adapter(model, "policy", lora, generator)
+        roles = {"policy": Role("policy", "policy"), "reference": Role("policy")}
+        return Trunk({"policy": model}, roles, compute_dtype=compute_dtype)
+    models, roles = {"policy": model}, {"policy": Role("policy")}
+    if reference:
+        models["reference"] = copy.deepcopy(model).requires_grad_(False)
+        roles["reference"] = Role("reference")
+    return Trunk(models, roles, compute_dtype=compute_dtype)
+
+
+def reward_trunk(
+    model: Source,
+    *,
+    generator: torch.Generator,
+    head_std: float | None = None,
+    lora: Lora | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Trunk:
+    """A reward model from a language model: its decoder and a new scalar head, as role `reward`.
+
+    Args:
+        generator: draws the head's first values (and the adapter's).
+        head_std: their standard deviation; None: `1 / sqrt(hidden size + 1)` (Stiennon et al. 2020, arXiv 2009.01325);
+            0: every reward starts at 0.
+        lora: train an adapter (and the head) on the frozen model, which is then kept whole so that roles can share it.
+    Raises:
+        ModelError: the result could not be saved, because transformers has no sequence classifier of this kind.
+    """
+    model = _loaded(model)
+    sequence_classifier(model.config)
+    width = hidden_size(model)
+    head = ScalarHead(width, std=(width + 1) ** -0.5 if head_std is None else head_std, generator=generator)
+    adapter = None
+    if lora is not None:
+        adapter = "reward"
+        _freeze_with_adapter(model, adapter, lora, generator)
+    role = Role("reward", adapter, "reward")
+    held = decoder(model) if lora is None else model
+    return Trunk({"reward": held}, {"reward": role}, {"reward": head}, compute_dtype=compute_dtype)
+
+
+def load_reward_model(folder: str | Path, *, compute_dtype: torch.dtype | None = None) -> Trunk:
+    """A reward model from a folder or hub name of an `AutoModelForSequenceClassification` with one label, also foreign.
+
+    Raises:
+        ModelError: it has another number of labels, or is not a decoder with one linear `score` without bias.
+    """
+    config = load_config(folder)
+    if config.num_labels != 1:
+        raise ModelError(f"{folder}: has {config.num_labels} labels; a reward model has one")
+    model = load_classifier(folder)
+    score: Any = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear) or getattr(score, "bias", None) is not None or model.base_model is model:
+        raise ModelError(
+            f"{folder}: {type(model).__name__} does not end with one linear layer `score` without bias; "
+            "Kilter reads reward models that are decoders, such as LlamaForSequenceClassification"
+        )
+    head = ScalarHead(score.in_features)
+    with torch.no_grad():
+        head.weight.copy_(score.weight)
+    backbone = model.base_model
+    backbone.kilter_origin = model.kilter_origin
+    return Trunk(
+        {"reward": backbone}, {"reward": Role("reward", None, "reward")}, {"reward": head}, compute_dtype=compute_dtype
+    )
+
+
+def ppo_trunk(
+    policy: Source,
+    reward: str | Path | None,
+    *,
+    lora: Lora | None = None,
+    value: Literal["own", "policy"] = "own",
+    generator: torch.Generator | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Trunk:
+    """PPO's roles: `policy`, `reference` (the policy as it is now, frozen) and `value` (from the reward model).
+
+    Whole copies without `lora`. With it, policy and reference are one model with an adapter on and off; the value is a
+    second adapter on it where the reward model was an adapter on the same trunk (its folder says so by hash), and
+    otherwise an adapter on the reward model.
+
+    Args:
+        reward: the reward model's folder: its decoder and head start the value. None: the value starts as the policy
+            with a head of zeros.
+        value: "own": as above; "policy": only a head, of zeros, on the policy's own hidden states.
+    """
+    trunk = policy_trunk(policy, reference=True, lora=lora, generator=generator, compute_dtype=compute_dtype)
+    model: Any = trunk.models["policy"]
+    adapter = None if lora is None else "value"
+    if value == "policy":
+        role, head = Role("policy", trunk.roles["policy"].adapter, "value"), ScalarHead(hidden_size(model))
+    elif reward is None:
+        head = ScalarHead(hidden_size(model))
+        if lora is None:
+            role = Role("value", None, "value")
+            trunk.add_model("value", copy.deepcopy(decoder(model)))
+        else:
+            role = Role("policy", "value", "value")
+            _freeze_with_adapter(model, "value", lora, generator)
+    elif lora is not None and (Path(reward) / "adapter").is_dir():
+        load_adapter(trunk, "value", Path(reward) / "adapter", model="policy")
+        return trunk
+    else:
+        role = Role("value", adapter, "value")
+        scorer = load_reward_model(reward)
+        backbone: Any = scorer.models["reward"]
+        if lora is not None:
+            _freeze_with_adapter(backbone, "value", lora, generator)
+        trunk.add_model("value", backbone)
+        head = cast(ScalarHead, scorer.heads["reward"])
+    trunk.add_role("value", role, head)
+    return trunk
+
+
+def _loaded(model: Source) -> Any:
+    return load_model(model) if isinstance(model, str | Path) else model
+
+
+def _freeze_with_adapter(model: Any, name: str, lora: Lora, generator: torch.Generator | None) -> None:
+    """Freezes the model's own parameters and puts a trainable adapter on it."""
+    assert generator is not None, "an adapter's first values are drawn from the caller's generator"
+    for parameter in base_parameters(model):
+        parameter.requires_grad_(False)
+    add_adapter(model, name, lora, generator)

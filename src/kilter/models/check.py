@@ -1,0 +1,352 @@
+"""The both-ways check: the trunk's numbers against the untouched model's, before anything is trained.
+
+The packed path is compared with the model as transformers runs it: one response at a time, no packing, no sharing, its
+own default attention, log-softmax of its own `.logits`, float32; log-probs and gradient, on made-up groups longer than
+any attention window (which is made short for the check) and on the first real batch. Families that cap attention scores
+are compared with `eager`: their default, `sdpa`, drops the cap without a word, so it is the one that is wrong.
+
+A difference that only packing makes falls back to one padded row per response, with one line that names the fault. Any
+other difference refuses to train.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kilter.errors import CheckError
+from kilter.models.attention import layer_windows, text_config
+from kilter.models.heads import target_logprobs
+from kilter.models.load import origin_config, plain_model
+from kilter.models.roles import plain_tensors
+from kilter.models.trunk import Trunk, decoder
+from kilter.tree import Group, Response, make_tree
+
+log = logging.getLogger(__name__)
+
+LOGPROB_FLOOR = 1e-4
+"""Nats by which a log-prob may differ in float32 whatever the model's own spread."""
+GRADIENT_FLOOR = 1e-3
+"""|delta| / |g| by which the whole gradient may differ in float32."""
+SPREAD_FACTOR = 3.0
+"""A difference may be this many times what padding alone makes of the untouched model's numbers."""
+SHORT_WINDOW = 8
+"""What an attention window is made for the check, so that a small tree is longer than it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """How far the trunk's numbers are from the model's own."""
+
+    gap: float
+    """Largest |difference| of a log-prob, nats, or of a scalar head's number."""
+    gradient_gap: float | None
+    """|delta| / |g| over all parameters of the role; None: none of them trains."""
+    gap_allowed: float
+    gradient_gap_allowed: float
+
+    @property
+    def within(self) -> bool:
+        """Whether both are allowed; a NaN is not."""
+        gradient_fits = self.gradient_gap is None or self.gradient_gap <= self.gradient_gap_allowed
+        return self.gap <= self.gap_allowed and gradient_fits
+
+
+@dataclass(frozen=True, slots=True)
+class BothWays:
+    """What the check says of one role."""
+
+    role: str
+    layout: str
+    """"packed", or "unrolled" where packing was refused or never possible."""
+    found: Found
+    """The gaps in that layout."""
+    fault: str | None
+    """What made packing wrong, by name."""
+
+    @property
+    def line(self) -> str:
+        """The finding in one line."""
+        gradient = "" if self.found.gradient_gap is None else f", gradient within {self.found.gradient_gap:.1e}"
+        text = (
+            f"role {self.role!r}, {self.layout}: numbers within {self.found.gap:.1e} of the untouched model's{gradient}"
+        )
+        return text if self.fault is None else f"{text}; packing refused ({self.fault}): one padded row per response"
+
+
+def both_ways(
+    trunk: Trunk, groups: Sequence[Group], role: str, *, strict: bool = False, max_groups: int = 8
+) -> BothWays:
+    """Compares a role with the untouched model and sets `trunk.layout` to what gives its numbers.
+
+    Args:
+        groups: of the first real batch; the longest and the first ones are looked at.
+        strict: refuse where packing is wrong instead of falling back.
+    Raises:
+        CheckError: dropout is on, the head is not the model's, or even unpacked rows differ; with `strict`, any fault.
+    """
+    with _as_checked(trunk, role):
+        refuse_dropout(trunk, role)
+        pair = Pair(trunk, role)
+        pair.refuse_head()
+        probes = [made_up_groups(pair.vocab_size), _some(groups, max_groups)]
+        fault = None
+        if trunk.layout == "packed":
+            try:
+                found = pair.measure(probes)
+                if found.within:
+                    return BothWays(role, "packed", found, fault=None)
+                fault = pair.fault_of_packing()
+            except (RuntimeError, ValueError, TypeError, IndexError) as err:
+                fault = f"the model does not take a tree: {err}"
+            if strict:
+                raise CheckError(
+                    f"role {role!r}: packing gives other numbers than the model ({fault}); use another model"
+                )
+            trunk.layout = "unrolled"
+        report = BothWays(role, "unrolled", pair.measure(probes), fault=fault)
+        if not report.found.within:
+            raise CheckError(
+                f"role {role!r}: even one padded row per response differs from the model's own numbers by "
+                f"{report.found.gap:.1e} (allowed {report.found.gap_allowed:.1e}); Kilter does not know "
+                f"{type(pair.model).__name__} well enough to train it; use another model"
+            )
+        if fault is not None:
+            log.warning("%s", report.line)
+        return report
+
+
+def made_up_groups(vocab_size: int, *, window: int = SHORT_WINDOW, longer: bool = True) -> list[Group]:
+    """Random groups with one to three responses, of paths up to three windows long, or (not `longer`) within one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(vocab_size, (length,), generator=generator).tolist())
+
+    prompt, answer = (window + 3, window + 5) if longer else (window // 2, window // 2)
+    return [Group(ids(prompt - i), tuple(Response(ids(answer - j)) for j in range(1 + i))) for i in range(3)]
+
+
+def _some(groups: Sequence[Group], max_groups: int) -> list[Group]:
+    """The longest group and the first ones: enough to see a fault, few enough to cost little."""
+    longest = max(groups, key=lambda group: max(len(r.ids) for r in group.responses) + len(group.prompt), default=None)
+    kept = list(groups[: max_groups - 1])
+    return kept if longest is None or longest in kept else [*kept, longest]
+
+
+@contextmanager
+def _as_checked(trunk: Trunk, role: str) -> Iterator[None]:
+    """Float32 without autocast; a scalar head of zeros is made random for the while, so that a difference shows."""
+    held = trunk.roles[role]
+    compute_dtype, trunk.compute_dtype = trunk.compute_dtype, None
+    head: Any = trunk.heads[held.head] if held.head is not None else None
+    kept = head.weight.detach().clone() if head is not None else None
+    if head is not None and not head.weight.any():
+        with torch.no_grad():
+            head.weight.normal_(generator=torch.Generator(head.weight.device).manual_seed(0))
+    try:
+        yield
+    finally:
+        trunk.compute_dtype = compute_dtype
+        if kept is not None:
+            with torch.no_grad():
+                head.weight.copy_(kept)
+
+
+def refuse_dropout(trunk: Trunk, role: str) -> None:
+    """Refuses a role whose model still has a dropout above 0.
+
+    Raises:
+        CheckError: with the dropout's name and value.
+    """
+    model = trunk.models[trunk.roles[role].model]
+    for name, module in model.named_modules():
+        rates = {key: value for key, value in vars(module).items() if "drop" in key}
+        if isinstance(module, nn.Dropout):
+            rates["p"] = module.p
+        for key, value in rates.items():
+            if isinstance(value, int | float) and value > 0:
+                raise CheckError(
+                    f"role {role!r}: dropout on: {name}.{key} is {value:g}, so old and new log-probs would differ by "
+                    "chance; load the model with kilter.models.load.load_model, which sets all dropout to 0"
+                )
+
+
+class Pair:
+    """A role of the trunk and the same weights in an untouched model, to be asked the same."""
+
+    def __init__(self, trunk: Trunk, role: str) -> None:
+        self.trunk, self.role, self.held = trunk, role, trunk.roles[role]
+        whole: Any = trunk.models[self.held.model]
+        self.head: Any = None if self.held.head is None else trunk.heads[self.held.head]
+        self.model = whole if self.head is None else decoder(whole)
+        self.config = origin_config(whole)
+        with torch.no_grad():
+            tensors = {name: value.detach() for name, value in self._tensors().items()}
+            self.plain = plain_model(self.model, tensors, config=self.config)
+        self.vocab_size = int(text_config(self.config).vocab_size)
+        self.parameters = [p for p in trunk.parameters_of(role) if p.requires_grad]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return plain_tensors(self.model, self.held.adapter)
+
+    def ours(self, rows: Rows) -> Tensor:
+        """The trunk's numbers for rows of groups: log-probs [N], or the head's at `source` and `last` [N + R]."""
+        tree = make_tree(rows).to(next(self.trunk.parameters()).device)
+        if self.head is None:
+            logprobs: Tensor = self.trunk(tree, {self.role: "logprobs"})[self.role]
+            return logprobs
+        values = self.trunk(tree, {self.role: "values"})[self.role]
+        return torch.cat([values, self.trunk(tree, {self.role: "rewards"})[self.role]])
+
+    def theirs(self, rows: Rows, *, padding: int = 0) -> Tensor:
+        """The same from the untouched model: one forward per response, `padding` unused positions after each."""
+        device = next(self.trunk.parameters()).device
+        tensors = self._tensors()
+        at_source, at_last = [], []
+        for group in (group for row in rows for group in row):
+            for response in group.responses:
+                path = torch.tensor(group.prompt + response.ids, device=device)
+                inputs = {"input_ids": nn.functional.pad(path, (0, padding))[None]}
+                if padding:
+                    used = torch.arange(len(path) + padding, device=device) < len(path)
+                    inputs["attention_mask"] = used.long()[None]
+                output = torch.func.functional_call(self.plain, tensors, kwargs=inputs | {"use_cache": False})
+                spans = response.spans or ((0, len(response.ids)),)
+                depth = len(group.prompt)
+                places = torch.cat([torch.arange(depth + start, depth + end) for start, end in spans]).to(device)
+                if self.head is None:
+                    logprobs = output.logits[0].float().log_softmax(-1)
+                    at_source.append(logprobs[places - 1, path[places]])
+                else:
+                    numbers = nn.functional.linear(output.last_hidden_state[0].float(), self.head.weight)[:, 0]
+                    at_source.append(numbers[places - 1])
+                    at_last.append(numbers[len(path) - 1, None])
+        return torch.cat(at_source + at_last)
+
+    def measure(self, probes: Sequence[Sequence[Group]]) -> Found:
+        """The gaps over the made-up groups (first of `probes`; windows made short) and the real ones."""
+        gap, gradient_gap = self._gap(self.ours, self.theirs, probes[0], shorten=True)
+        spread, gradient_spread = self._gap(lambda rows: self.theirs(rows, padding=16), self.theirs, probes[0])
+        for groups in probes[1:]:
+            if groups:
+                more, more_gradient = self._gap(self.ours, self.theirs, groups)
+                gap = _worse(gap, more)
+                gradient_gap = None if more_gradient is None else _worse(gradient_gap or 0.0, more_gradient)
+        return Found(
+            gap,
+            gradient_gap,
+            max(LOGPROB_FLOOR, SPREAD_FACTOR * spread),
+            max(GRADIENT_FLOOR, SPREAD_FACTOR * (gradient_spread or 0.0)),
+        )
+
+    def _gap(
+        self, one: Ask, other: Ask, groups: Sequence[Group], *, shorten: bool = False
+    ) -> tuple[float, float | None]:
+        with _short_windows(self.model, self.plain) if shorten else nullcontext():
+            (numbers, gradient), (others, other_gradient) = (
+                self._answer(one, _rows(groups)),
+                self._answer(other, _rows(groups)),
+            )
+        gap = float((numbers - others).abs().max())
+        if not self.parameters:
+            return gap, None
+        return gap, float((gradient - other_gradient).norm() / other_gradient.norm().clamp(min=1e-12))
+
+    def _answer(self, ask: Ask, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Numbers, and the gradient of a random mix of them, all parameters in one vector."""
+        with torch.set_grad_enabled(bool(self.parameters)):
+            numbers = ask(rows)
+        generator = torch.Generator().manual_seed(1)
+        mix = torch.randn(len(numbers), generator=generator).to(numbers.device)
+        if not self.parameters:
+            return numbers, mix
+        found = torch.autograd.grad((mix * numbers).sum(), self.parameters, allow_unused=True)
+        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
+        return numbers.detach(), torch.cat([g.flatten().float() for g in flat])
+
+    def refuse_head(self) -> None:
+        """Refuses a language head that is not the model's: the trunk's head on the model's own last hidden states.
+
+        Raises:
+            CheckError: the log-probs differ.
+        """
+        if self.head is not None:
+            return
+        seen: list[Tensor] = []
+        hook = self.plain.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        path = torch.tensor(made_up_groups(self.vocab_size)[0].prompt, device=next(self.trunk.parameters()).device)
+        with torch.no_grad():
+            own = self.plain(input_ids=path[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            hook.remove()
+            ours = target_logprobs(self.model, seen[0][0, :-1], path[1:])
+        gap = float((ours - own.gather(1, path[1:, None])[:, 0]).abs().max())
+        if not gap <= (LOGPROB_FLOOR if self.model.dtype == torch.float32 else 0.1):
+            raise CheckError(
+                f"role {self.role!r}: the language head is not the model's own: from the same hidden states its "
+                f"log-probs differ by {gap:.1e} nats; a softcap or a scale of the logits is lost (compare the model's "
+                "configuration with its config.json)"
+            )
+
+    @torch.no_grad()
+    def fault_of_packing(self) -> str:
+        """Names what is wrong with the packed numbers, from probes that differ in one thing each."""
+        generator = torch.Generator().manual_seed(2)
+
+        def ids(length: int) -> tuple[int, ...]:
+            return tuple(torch.randint(self.vocab_size, (length,), generator=generator).tolist())
+
+        prompt, kept = ids(4), ids(4)
+
+        def kept_numbers() -> Tensor:
+            """Of the four kept tokens, while another tree, a sibling and the token after them are drawn anew."""
+            other, sibling, end = Group(ids(5), (Response(ids(3)),)), Response(ids(5)), ids(1)
+            rows = [[other, Group(prompt, (sibling, Response(kept + end)))]]
+            return self.ours(rows)[3 + 5 : 3 + 5 + len(kept)]
+
+        if not float((kept_numbers() - kept_numbers()).abs().max()) <= LOGPROB_FLOOR:
+            return "leaked mask: a token's log-prob depends on tokens outside its own path"
+        windows = [window for window in layer_windows(self.config).values() if window is not None]
+        if windows:
+            within = made_up_groups(self.vocab_size, longer=False)
+            if self._gap(self.ours, self.theirs, within, shorten=True)[0] <= LOGPROB_FLOOR:
+                return (
+                    f"lost window: paths longer than the attention window of {windows[0]} differ, shorter ones do not"
+                )
+        return "the model does not read positions or mask as a tree needs (ALiBi or a state-space layer does not)"
+
+
+Rows = Sequence[Sequence[Group]]
+Ask = Callable[[Rows], Tensor]
+
+
+def _worse(one: float, other: float) -> float:
+    return one if one > other or one != one else other
+
+
+def _rows(groups: Sequence[Group]) -> list[list[Group]]:
+    """Two rows, so that one has an unused tail and both hold several trees; one row for one group."""
+    return [row for row in (list(groups[::2]), list(groups[1::2])) if row]
+
+
+@contextmanager
+def _short_windows(*models: Any) -> Iterator[None]:
+    """Makes every attention window of these models `SHORT_WINDOW` positions long for a while."""
+    holders = [holder for model in models for holder in (text_config(model.config), *model.modules())]
+    changed = []
+    for holder in holders:
+        window = vars(holder).get("sliding_window")
+        if isinstance(window, int) and window > SHORT_WINDOW:
+            changed.append((holder, window))
+            holder.sliding_window = SHORT_WINDOW
+    try:
+        yield
+    finally:
+        for holder, window in changed:
+            holder.sliding_window = window

@@ -1,0 +1,133 @@
+"""Saves roles as ordinary Hugging Face folders that plain `transformers` reads with the same result.
+
+A folder is written beside and renamed into place. `kilter.json` in it says what it is, and of an adapter which trunk it
+was trained on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+
+import kilter
+from kilter.errors import ModelError, RunError
+from kilter.models.adapters import write_adapter
+from kilter.models.attention import text_config
+from kilter.models.load import origin_config, plain_model, weights_hash
+from kilter.models.roles import plain_tensors
+from kilter.models.trunk import Trunk, decoder
+from kilter.rundir import write_folder, write_json
+
+PAD_TOKEN = "<|pad|>"
+
+
+def save_causal_lm(trunk: Trunk, role: str, folder: str | Path, tokenizer: Any) -> None:
+    """Writes a role as an `AutoModelForCausalLM` with tokenizer, template, end tokens and generation config.
+
+    An adapter is merged into the weights, and stands once more by itself in `adapter/`.
+    """
+    held = trunk.roles[role]
+    model: Any = trunk.models[held.model]
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"role {role!r} has no language head and cannot be saved as a language model")
+    with torch.no_grad():
+        plain = plain_model(model, plain_tensors(model, held.adapter))
+    _write(trunk, role, Path(folder), plain, tokenizer)
+
+
+def save_reward_model(
+    trunk: Trunk, role: str, folder: str | Path, tokenizer: Any, *, end_ids: Collection[int] = ()
+) -> None:
+    """Writes a role with a scalar head as an `AutoModelForSequenceClassification` with one label.
+
+    transformers reads the score at the last token that is not the pad token, Kilter at the response's last token
+    (`tree.last`). The pad token that is saved is therefore one that never ends a response; where the tokenizer has
+    none, a new one is added, with a zero row in the embeddings if they have no free row.
+
+    Args:
+        end_ids: tokens that may end a response, besides the end tokens of the tokenizer and the generation config.
+    Raises:
+        ModelError: the role has no head, or transformers has no sequence classifier for this kind of model.
+    """
+    held = trunk.roles[role]
+    if held.head is None:
+        raise ModelError(f"role {role!r} has no scalar head and cannot be saved as a reward model")
+    model: Any = trunk.models[held.model]
+    classifier = sequence_classifier(model.config)
+    config = origin_config(model)
+    tokenizer = copy.deepcopy(tokenizer)
+    pad_id = pick_pad(tokenizer, {*end_ids, *end_tokens(tokenizer, model)})
+    config.num_labels = 1
+    text_config(config).pad_token_id = config.pad_token_id = pad_id
+    with torch.no_grad():
+        tensors = _with_row(decoder(model), plain_tensors(decoder(model), held.adapter), pad_id)
+        text_config(config).vocab_size = max(text_config(config).vocab_size, pad_id + 1)
+        tensors = {f"{classifier.base_model_prefix}.{name}": value for name, value in tensors.items()}
+        head: Any = trunk.heads[held.head]
+        tensors["score.weight"] = head.weight.to(model.dtype)
+        plain = plain_model(model, tensors, kind=classifier, config=config)
+    _write(trunk, role, Path(folder), plain, tokenizer)
+
+
+def _with_row(model: Any, tensors: dict[str, Tensor], token: int) -> dict[str, Tensor]:
+    """The tensors of `model` with the token embeddings long enough for `token`, filled with zeros."""
+    embeddings = model.get_input_embeddings().weight
+    lacking = token + 1 - len(embeddings)
+    if lacking <= 0:
+        return tensors
+    row = torch.zeros(lacking, embeddings.shape[1], dtype=embeddings.dtype, device=embeddings.device)
+    return {name: torch.cat([value, row]) if value is embeddings else value for name, value in tensors.items()}
+
+
+def sequence_classifier(config: Any) -> Any:
+    """transformers' classifier for this kind of model; asked for before a reward model is trained, too."""
+    known = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(config) not in known:
+        raise ModelError(
+            f"a reward model of type {config.model_type!r} could not be saved: transformers has no "
+            "AutoModelForSequenceClassification for it; train the reward model from another kind of model"
+        )
+    return known[type(config)]
+
+
+def end_tokens(tokenizer: Any, model: Any) -> set[int]:
+    """Every token that tokenizer, configuration or generation config name as an end."""
+    found: set[int] = set()
+    for holder in (tokenizer, text_config(model.config), getattr(model, "generation_config", None)):
+        value = getattr(holder, "eos_token_id", None)
+        if value is not None:
+            found |= set(value) if isinstance(value, list | tuple) else {int(value)}
+    return found
+
+
+def pick_pad(tokenizer: Any, ends: Collection[int]) -> int:
+    """A pad token that never ends a response, set in place: the tokenizer's own, its unknown token, or a new one."""
+    for token in (tokenizer.pad_token, tokenizer.unk_token):
+        if token is not None and tokenizer.convert_tokens_to_ids(token) not in ends:
+            tokenizer.pad_token = token
+            return int(tokenizer.pad_token_id)
+    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return int(tokenizer.pad_token_id)
+
+
+def _write(trunk: Trunk, role: str, folder: Path, plain: Any, tokenizer: Any) -> None:
+    held = trunk.roles[role]
+    about: dict[str, Any] = {"kilter": kilter.__version__, "role": role}
+    if held.adapter is not None:
+        about["trunk"] = weights_hash(trunk.models[held.model])
+    try:
+        with write_folder(folder) as beside:
+            plain.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            if held.adapter is not None:
+                write_adapter(trunk, role, beside / "adapter", str(about["trunk"]))
+            write_json(beside / "kilter.json", about)
+    except SafetensorError as err:
+        raise RunError(f"{folder}: the weights could not be written ({err}); is the disk full?") from err
