@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kilter.records import Conversation, Message
-from kilter.world import base, grammar
+from kilter.world import grammar
+from kilter.world import model as parts
 from kilter.world.demonstrators import PLAIN, PRETRAINED, Mixture, write
 from kilter.world.templates import KINDS
 
@@ -37,8 +38,8 @@ def conversations(rng: np.random.Generator, mixture: Mixture = PRETRAINED) -> It
 
 def render(messages: Conversation) -> tuple[str, str]:
     """The text up to the last answer, and that answer with its end token, as the chat template writes them."""
-    turns = [f"<|{message.role}|>{message.content}{base.END}" for message in messages[:-1]]
-    return "".join(turns) + "<|assistant|>", messages[-1].content + base.END
+    turns = [f"<|{message.role}|>{message.content}{parts.END}" for message in messages[:-1]]
+    return "".join(turns) + "<|assistant|>", messages[-1].content + parts.END
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, talks: list[Conversation]) -> list[Example]:
@@ -97,7 +98,7 @@ def make_tokenizer(rng: np.random.Generator, *, talks: int = 6000) -> PreTrained
     """The tokenizer, learned from the first `talks` conversations."""
     source = conversations(rng)
     texts = [message.content for _ in range(talks) for message in next(source)]
-    return base.wrap(base.train_tokenizer(texts))
+    return parts.wrap(parts.train_tokenizer(texts))
 
 
 def pretrain(
@@ -126,7 +127,7 @@ def pretrain(
     torch.set_num_threads(threads)
     try:
         tokenizer = make_tokenizer(np.random.default_rng([seed, 1]))
-        model = base.make_model(base.make_config(tokenizer), torch.Generator().manual_seed(seed))
+        model = parts.make_model(parts.make_config(tokenizer), torch.Generator().manual_seed(seed))
         decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
         spared = [parameter for parameter in model.parameters() if parameter.dim() == 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": spared, "weight_decay": 0.0}]
