@@ -217,10 +217,21 @@ class ChatEncoder:
         closing = self._closing.removesuffix(self._stop or "")
         return text.removeprefix(self._opening).removesuffix(closing) if closing else text.removeprefix(self._opening)
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token where it stands, special tokens too: for showing what a model sees."""
+        made = []
+        for place, token in enumerate(ids):
+            before = self._plain(ids[place - 1 : place], skip=False) if place else ""
+            both = self._plain(ids[max(0, place - 1) : place + 1], skip=False)
+            # Seen after its neighbour, because many tokenizers swallow a space at the start of a text.
+            inside = bool(before) and both.startswith(before)
+            made.append(both[len(before) :] if inside else self._plain([token], skip=False))
+        return made
+
     # How it is done ------------------------------------------------------------------------------------------------
 
-    def _plain(self, ids: Sequence[int]) -> str:
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _plain(self, ids: Sequence[int], *, skip: bool = True) -> str:
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         return str(text)
 
     def _guard(self, text: str) -> str:
