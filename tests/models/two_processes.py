@@ -1,0 +1,64 @@
+"""Started by test_distributed.py: two gloo processes train every family on halves of the groups, under DDP and FSDP2.
+
+Process 0 has its groups in three micro-batches, process 1 in two and an empty one. Process 0 writes the gaps to the
+untouched model's gradient, as JSON, into the folder named on the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from families import CONFIGS, expected, gradient_gap, gradients, mixed_loss, trained_model
+from torch.nn.parallel import DistributedDataParallel
+
+from kilter.models.build import policy_trunk
+from kilter.models.shard import shard, whole
+from kilter.tree import Batch, empty_batch, make_batch
+
+WORLD = 2
+FEW = ["llama", "gemma2"]
+WAYS = {"ddp": list(CONFIGS), "fsdp2-checkpointed": list(CONFIGS), "ddp-checkpointed": FEW, "fsdp2": FEW}
+
+
+def my_batches(family: str, rank: int) -> list[Batch]:
+    groups = expected(family)[0]
+    if rank == 0:
+        return [make_batch([groups[0:4]]), make_batch([groups[4:6], groups[6:7]]), make_batch([groups[7:9]])]
+    batches = [make_batch([groups[9:12]]), make_batch([groups[12:14], groups[14:16]])]
+    return [*batches, empty_batch(batches[0])]
+
+
+def run(family: str, rank: int, *, sharded: bool, checkpointing: bool) -> tuple[float, str]:
+    model = trained_model(family)
+    trunk = policy_trunk(model)
+    trunk.set_checkpointing(checkpointing)
+    wrapped = shard(trunk) if sharded else DistributedDataParallel(trunk)
+    for batch in my_batches(family, rank):
+        (WORLD * mixed_loss(wrapped, batch)).backward()  # both wrappers average over processes
+    ours = {name: whole(grad) for name, grad in gradients(model).items()}
+    return gradient_gap(ours, expected(family)[2])
+
+
+def main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    found: dict[str, dict[str, tuple[float, str]]] = {}
+    for way, families in WAYS.items():
+        options = {"sharded": "fsdp2" in way, "checkpointing": "checkpointed" in way}
+        found[way] = {family: run(family, rank, **options) for family in families}
+    if rank == 0:
+        Path(folder, "gaps.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # Forked, so that the imports are paid once; nothing has run on a thread of torch yet.
+    torch.multiprocessing.start_processes(main, args=(sys.argv[1],), nprocs=WORLD, start_method="fork")
