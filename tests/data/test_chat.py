@@ -88,22 +88,23 @@ def turns(*texts: str) -> Conversation:
     return tuple(Message("assistant" if place % 2 else "user", text) for place, text in enumerate(texts))
 
 
-def _finish(backend: Backend, *, add_bos: bool) -> PreTrainedTokenizerFast:
-    backend.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+def _finish(backend: Backend, *, add_bos: bool, greedy: bool = False) -> PreTrainedTokenizerFast:
+    """`greedy` special tokens swallow the blanks after them, as Phi-3's do."""
+    backend.add_special_tokens([AddedToken(text, special=True, rstrip=greedy) for text in SPECIAL])
     if add_bos:
         bos = backend.token_to_id("<s>")
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
-def byte_level(add_bos: bool = False) -> PreTrainedTokenizerFast:
+def byte_level(add_bos: bool = False, greedy: bool = False) -> PreTrainedTokenizerFast:
     backend = Backend(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(CORPUS, trainer)
-    return _finish(backend, add_bos=add_bos)
+    return _finish(backend, add_bos=add_bos, greedy=greedy)
 
 
 def sentencepiece(prepend: str) -> PreTrainedTokenizerFast:
@@ -127,6 +128,7 @@ def sentencepiece(prepend: str) -> PreTrainedTokenizerFast:
 TOKENIZERS = {
     "bytes": byte_level(),
     "bytes with BOS": byte_level(add_bos=True),
+    "bytes, greedy": byte_level(greedy=True),
     "metaspace always": sentencepiece("always"),
     "metaspace first": sentencepiece("first"),
 }
@@ -333,6 +335,16 @@ def test_no_end_token_at_all_is_refused() -> None:
         with pytest.raises(ModelError, match="EOS"):
             ChatEncoder(tokenizer, template=template)
     assert ChatEncoder(tokenizer, template=CHATML).stop_ids == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+
+
+def test_a_template_for_one_turn_only() -> None:
+    refuse = "{% if messages | length > 2 %}{{ raise_exception('one question only') }}{% endif %}"
+    encoder = ChatEncoder(TOKENIZERS["bytes"], template=refuse + CHATML)
+    plain = ChatEncoder(TOKENIZERS["bytes"], template=CHATML)
+    assert encoder.stop_ids == plain.stop_ids and encoder.notes == ()
+    assert encoder.conversation(turns("Hello", "Sure.")) == plain.conversation(turns("Hello", "Sure."))
+    with pytest.raises(DataError, match="one question only"):
+        encoder.rows(turns("Hello", "Sure.", "So?", "Yes."))
 
 
 def test_what_the_template_refuses_is_a_data_error() -> None:

@@ -109,7 +109,11 @@ class ChatEncoder:
 
     def _probe(self) -> None:
         tokenizer, answer = self._tokenizer, PROBE[1].content
-        prompt, single, double = self._render(PROBE[:1], True), self._render(PROBE[:2]), self._render(PROBE)
+        prompt, single = self._render(PROBE[:1], True), self._render(PROBE[:2])
+        try:
+            double, one_turn_only = self._render(PROBE), False
+        except DataError:
+            double, one_turn_only = single, True
         if answer not in single:
             raise ModelError(
                 f"chat template ({self.template_name}): an assistant turn with {answer!r} is not shown in "
@@ -140,7 +144,7 @@ class ChatEncoder:
                 "remove one `bos_token` from the template"
             )
         self._tail_ids = self._encode(self._tail(prompt))
-        self.prefix_stable = self._layout(PROBE) is not None
+        self.prefix_stable = one_turn_only or self._layout(PROBE) is not None
         self.notes = tuple(self._remarks(prompt))
 
     def _remarks(self, prompt: str) -> list[str]:
