@@ -1,0 +1,310 @@
+"""From records to groups of tokens, and from groups to the micro-batches of each step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from kilter.data.chat import Encoded
+from kilter.errors import DataError
+from kilter.records import Conversation, Demonstration, Judgement, PreferencePair, Ranking, Record, UnpairedFeedback
+from kilter.train import distributed
+from kilter.tree import Batch, Group, Response, make_batches, split_by_response
+
+OverLong = Literal["drop", "cut_prompt", "error"]
+
+
+class Encoder(Protocol):
+    """The part of `data.chat.ChatEncoder` that is used here."""
+
+    def prompt(self, messages: Conversation) -> tuple[int, ...]: ...
+
+    def response(self, messages: Conversation, text: str) -> tuple[int, ...]: ...
+
+    def rows(self, messages: Conversation) -> tuple[Encoded, ...]: ...
+
+
+# Records to groups ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """What became of the records: nothing is lost without being counted."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Reason -> groups left out."""
+    cut: int = 0
+    """Groups whose prompt lost its beginning."""
+
+    def __str__(self) -> str:
+        rows = [f"{count} dropped ({reason})" for reason, count in sorted(self.dropped.items())]
+        return ", ".join([*rows, *([f"{self.cut} prompts cut"] if self.cut else [])]) or "nothing dropped or cut"
+
+
+def fit_length(
+    group: Group, max_tokens: int, *, over_long: OverLong, tally: Tally, place: str = "", bos_id: int | None = None
+) -> Group | None:
+    """Holds a group to `max_tokens` for its prompt with any one response. A response's end is never cut.
+
+    Args:
+        over_long: `drop` leaves the group out; `cut_prompt` takes tokens from the beginning of the prompt, a BOS there
+            aside; `error` refuses it.
+        tally: counts what was dropped or cut.
+        place: what to call the group in an error.
+        bos_id: the token to keep at the beginning of a prompt that is cut.
+    """
+    longest = max(len(response.ids) for response in group.responses)
+    length = len(group.prompt) + longest
+    if length <= max_tokens:
+        return group
+    if over_long == "error":
+        raise DataError(
+            f"{place or 'record'}: {length} tokens, at most {max_tokens} fit; raise max_tokens, or set over_long to "
+            "'drop' or 'cut_prompt'"
+        )
+    first = group.prompt[:1] if bos_id is not None and group.prompt[:1] == (bos_id,) else ()
+    room = max_tokens - longest - len(first)
+    if over_long == "drop":
+        tally.dropped[f"longer than {max_tokens} tokens"] += 1
+        return None
+    if room < 1:
+        tally.dropped[f"response longer than {max_tokens} tokens"] += 1
+        return None
+    tally.cut += 1
+    return replace(group, prompt=first + group.prompt[-room:])
+
+
+def groups_of_demonstration(encoder: Encoder, record: Demonstration) -> list[Group]:
+    """Every assistant turn scored: one group, or one for each turn where the template is not prefix-stable."""
+    return [_group_of_row(row) for row in encoder.rows(record.messages)]
+
+
+def _group_of_row(row: Encoded) -> Group:
+    start = max(1, row.spans[0][0])  # the first token has nothing before it to be predicted from
+    end = row.spans[-1][1]
+    spans = tuple((max(a - start, 0), b - start) for a, b in row.spans)
+    return Group(row.ids[:start], (Response(row.ids[start:end], spans),))
+
+
+def group_of_responses(
+    encoder: Encoder, prompt: Conversation, texts: Sequence[str], numbers: Sequence[Mapping[str, float]]
+) -> Group:
+    """A prompt with its responses, each with its own numbers."""
+    responses = [
+        Response(encoder.response(prompt, text), per_response=dict(held))
+        for text, held in zip(texts, numbers, strict=True)
+    ]
+    return Group(encoder.prompt(prompt), tuple(responses))
+
+
+def groups_of_record(encoder: Encoder, record: Record) -> list[Group]:
+    """The groups of any record that can be trained on.
+
+    Pairs and rankings carry `rank` (0 is best) and `margin` for each response, unpaired feedback `desirable` (1 or 0).
+    A pair's margin stands on the chosen response, so that the difference within the pair is the margin.
+    """
+    if isinstance(record, Demonstration):
+        return groups_of_demonstration(encoder, record)
+    if isinstance(record, PreferencePair):
+        numbers = [
+            {"rank": 0.0, "margin": record.margin or 0.0},
+            {"rank": 0.0 if record.tie else 1.0, "margin": 0.0},
+        ]
+        return [group_of_responses(encoder, record.prompt, (record.chosen, record.rejected), numbers)]
+    if isinstance(record, Ranking | Judgement):
+        numbers = [{"rank": float(rank), "margin": 0.0} for rank in record.ranks]
+        return [group_of_responses(encoder, record.prompt, record.responses, numbers)]
+    if isinstance(record, UnpairedFeedback):
+        numbers = [{"desirable": float(record.desirable)}]
+        return [group_of_responses(encoder, record.prompt, (record.response,), numbers)]
+    raise DataError(
+        f"record {record.id}: a {type(record).__name__} cannot be trained on as it is; give demonstrations, pairs, "
+        "rankings or unpaired feedback"
+    )
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Groups made of records."""
+
+    groups: list[Group]
+    records: list[int]
+    """Which record each group came from."""
+    tally: Tally
+
+
+def groups_of(
+    encoder: Encoder,
+    records: Sequence[Record],
+    *,
+    max_tokens: int,
+    over_long: OverLong = "drop",
+    bos_id: int | None = None,
+) -> Conversion:
+    """The groups of many records, those too long dropped or cut as said and counted.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    found: list[Group] = []
+    places: list[int] = []
+    tally = Tally()
+    for number, record in enumerate(records):
+        for group in groups_of_record(encoder, record):
+            kept = fit_length(
+                group,
+                max_tokens,
+                over_long=over_long,
+                tally=tally,
+                place=f"record {number + 1} ({record.source or record.id})",
+                bos_id=bos_id,
+            )
+            if kept is not None:
+                found.append(kept)
+                places.append(number)
+    if not found:
+        raise DataError(f"no record is left of {len(records)} ({tally}); give more data, or raise max_tokens")
+    return Conversion(found, places, tally)
+
+
+# Groups to batches ---------------------------------------------------------------------------------------------------
+
+
+class GroupSource:
+    """Draws groups for each step, shuffled anew in every epoch, and packs them after.
+
+    The order is a function of seed and epoch and the state is a position, so a run resumes in the middle of an epoch,
+    and neither packing nor the number of processes changes what a step learns from. Steps run on over the ends of
+    epochs; only the last step of all may be smaller.
+
+    Args:
+        groups: what to train on; every process holds all of them and takes its share of each step.
+        batch_groups: groups a step, over all processes.
+        row_tokens, batch_tokens: budgets of a row and of a micro-batch.
+        seed: of the order.
+        epochs: passes over the groups; a part of a pass is fine.
+        shuffle: False keeps the order given.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        *,
+        batch_groups: int,
+        row_tokens: int,
+        batch_tokens: int,
+        seed: int = 0,
+        epochs: float = 1.0,
+        pad_id: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        if not groups:
+            raise DataError("nothing to train on: no groups; look at what the conversion dropped")
+        self.groups = list(groups)
+        self.batch_groups = batch_groups
+        self.row_tokens, self.batch_tokens, self.pad_id = row_tokens, batch_tokens, pad_id
+        self.seed, self.shuffle = seed, shuffle
+        self.total = max(1, round(epochs * len(self.groups)))
+        self.position = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps there are in all."""
+        return -(-self.total // self.batch_groups)
+
+    def draw(self) -> list[Group]:
+        """The groups of the next step, over all processes."""
+        end = min(self.position + self.batch_groups, self.total)
+        if self.position >= end:
+            raise DataError(
+                f"the source is at its end after {self.num_steps} steps; ask for fewer steps or more epochs"
+            )
+        drawn = [self.groups[self._at(place)] for place in range(self.position, end)]
+        self.position = end
+        return drawn
+
+    def _at(self, place: int) -> int:
+        epoch, offset = divmod(place, len(self.groups))
+        if not self.shuffle:
+            return offset
+        if self._order[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.groups))
+            self._order = (epoch, order.tolist())
+        return self._order[1][offset]
+
+    def next_step(self) -> list[Batch]:
+        """This process's micro-batches of the next step."""
+        own = distributed.share_of(self.draw())
+        return make_batches(own, row_tokens=self.row_tokens, batch_tokens=self.batch_tokens, pad_id=self.pad_id)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "seed": self.seed, "num_groups": len(self.groups)}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        for name, now in (("seed", self.seed), ("num_groups", len(self.groups))):
+            if state[name] != now:
+                raise DataError(
+                    f"the source was saved with {name} {state[name]} and now has {now}: data or seed have changed; "
+                    "start a new run directory"
+                )
+        self.position = state["position"]
+
+
+@torch.no_grad()
+def with_reference(
+    trunk: nn.Module,
+    groups: Sequence[Group],
+    *,
+    role: str = "reference",
+    row_tokens: int = 2048,
+    batch_tokens: int = 8192,
+    pad_id: int = 0,
+    name: str = "ref_logprobs",
+) -> list[Group]:
+    """The same groups with the log-probs of their scored tokens under `role`, as `per_token[name]`.
+
+    Computed once, packed, in eval mode: for the loop the reference is data. The packing depends on the groups alone, so
+    a resumed run gets the same bits.
+    """
+    marked = _numbered(groups)
+    held: dict[int, torch.Tensor] = {}
+    training, device = trunk.training, distributed.device_of(trunk)
+    trunk.eval()
+    for batch in make_batches(marked, row_tokens=row_tokens, batch_tokens=batch_tokens, pad_id=pad_id):
+        numbers = batch.extras[_NUMBER].long().tolist()
+        on_device = batch.to(device)
+        logprobs = trunk(on_device.tree, {role: "logprobs"})[role].float().cpu()
+        held |= dict(zip(numbers, split_by_response(logprobs, batch.tree.leaf, len(numbers)), strict=True))
+    trunk.train(training)
+    found = []
+    number = 0
+    for group in groups:
+        responses = []
+        for response in group.responses:
+            responses.append(replace(response, per_token={**response.per_token, name: held[number]}))
+            number += 1
+        found.append(replace(group, responses=tuple(responses)))
+    return found
+
+
+_NUMBER = "number"
+
+
+def _numbered(groups: Sequence[Group]) -> list[Group]:
+    """The groups with nothing on their responses but a number, counted through all of them."""
+    found = []
+    number = 0
+    for group in groups:
+        responses = []
+        for response in group.responses:
+            responses.append(replace(response, per_token={}, per_response={_NUMBER: float(number)}))
+            number += 1
+        found.append(replace(group, responses=tuple(responses)))
+    return found
