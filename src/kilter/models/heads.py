@@ -32,7 +32,8 @@ class ScalarHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """float[N, H] -> float32[N]."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
+            # Not a view: FSDP2 hooks what the trunk returns, and loses its hook where a view is changed in place.
+            return F.linear(hidden.float(), self.weight.float()).squeeze(-1).clone()
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
