@@ -81,6 +81,10 @@ def random_groups(
         responses = []
         for rank in range(k):
             own = (*ids(number(1, 6)), 2)
+            while any(
+                own == other.ids for other in responses
+            ):  # equal responses would be exact ties or not by rounding
+                own = (*ids(number(1, 6)), 2)
             per_token = extras(len(own), generator) if extras else {}
             ranked = 0 if place % 5 == 4 else rank
             responses.append(Response(own, per_token=per_token, per_response={"rank": float(ranked), "margin": 0.0}))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kilter.errors import RunError
+from kilter.models.shard import whole
 from kilter.rundir import explained, write_folder
 from kilter.train import distributed
 from kilter.train.optimizer import trained_parameters
@@ -225,14 +226,14 @@ class CheckpointStore:
 
 def _weights(state: _State) -> dict[str, Tensor]:
     return {
-        name: distributed.whole(parameter.detach()).cpu().contiguous()
+        name: whole(parameter.detach()).cpu().contiguous()
         for name, parameter in trained_parameters(state.optimizer).items()
     }
 
 
 def _moments(state: _State) -> dict[str, Tensor]:
     return {
-        f"{name}/{key}": distributed.whole(value).cpu().contiguous()
+        f"{name}/{key}": whole(value).cpu().contiguous()
         for name, parameter in trained_parameters(state.optimizer).items()
         for key, value in state.optimizer.state.get(parameter, {}).items()
     }

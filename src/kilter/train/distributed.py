@@ -13,10 +13,12 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from kilter.models.shard import shard
+from kilter.models.trunk import Trunk
 from kilter.tree import Batch, empty_batch
 
 Item = TypeVar("Item")
@@ -39,33 +41,15 @@ def barrier() -> None:
         dist.barrier()
 
 
-def wrap(trunk: nn.Module, how: Wrap) -> nn.Module:
+def wrap(trunk: Trunk, how: Wrap) -> nn.Module:
     """Spread a trunk over the processes: a whole copy each (`ddp`), or a share of every layer each (`fsdp2`).
 
     Say first which parameters train (`requires_grad`), and make the optimizer afterwards: FSDP2 puts new parameters in
     place of the old. Nothing inside the trunk may be called from outside.
     """
     if how == "ddp":
-        return DistributedDataParallel(trunk, broadcast_buffers=False)
-    for layer in _layers(trunk):
-        fully_shard(layer)
-    fully_shard(trunk)
-    return trunk
-
-
-def _layers(trunk: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of every model in the trunk: the members of its outermost lists of modules."""
-    found: list[nn.Module] = []
-
-    def visit(module: nn.Module) -> None:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList):
-                found.extend(child)
-            else:
-                visit(child)
-
-    visit(trunk)
-    return found
+        return DistributedDataParallel(trunk)
+    return shard(trunk)
 
 
 def unwrap(trunk: nn.Module) -> nn.Module:
@@ -117,13 +101,8 @@ def share_of(items: Sequence[Item]) -> list[Item]:
     return list(items[rank() :: world_size()])
 
 
-def whole(value: Tensor) -> Tensor:
-    """A tensor with all its shares gathered; every process must call it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `whole`: this process's share of `value`, laid out as `like` is, on its device."""
+    """The inverse of `models.shard.whole`: this process's share of `value`, laid out as `like` is, on its device."""
     value = value.to(device=like.device)
     if isinstance(like, DTensor):
         return distribute_tensor(value, like.device_mesh, like.placements)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from kilter.errors import CheckError
+from kilter.models.shard import whole
 from kilter.train import distributed
 from kilter.train.checkpoint import CheckpointStore, Stateful, save_batches
 from kilter.train.objectives import LossOutput, Objective, finished, prepared
@@ -119,7 +120,7 @@ def train_step(
             (_loss(out, units, state.step) * distributed.world_size()).backward()  # type: ignore[no-untyped-call]
         sums.add(out, units)
     gradients = [p.grad for p in trained_parameters(state.optimizer).values() if p.grad is not None]
-    grad_norm = distributed.whole(get_total_norm(gradients))
+    grad_norm = whole(get_total_norm(gradients))
     means, (norm,) = sums.means(grad_norm)
     if not math.isfinite(norm):
         raise CheckError(_report_failure(state.step, norm, means, local, failures))
