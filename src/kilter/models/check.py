@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kilter.errors import CheckError
-from kilter.models.attention import layer_windows, text_config
+from kilter.models.attention import has_attention_softcap, layer_windows, text_config
 from kilter.models.heads import target_logprobs
 from kilter.models.load import origin_config, plain_model
 from kilter.models.roles import plain_tensors
@@ -93,6 +93,7 @@ def both_ways(
     """
     with _as_checked(trunk, role):
         refuse_dropout(trunk, role)
+        refuse_lost_attention_softcap(trunk, role)
         pair = Pair(trunk, role)
         pair.refuse_head()
         probes = [made_up_groups(pair.vocab_size), _some(groups, max_groups)]
@@ -100,11 +101,12 @@ def both_ways(
         if trunk.layout == "packed":
             try:
                 found = pair.measure(probes)
+            except (RuntimeError, ValueError, TypeError, IndexError) as err:
+                fault = f"the model does not take a tree: {err}"
+            else:
                 if found.within:
                     return BothWays(role, "packed", found, fault=None)
                 fault = pair.fault_of_packing()
-            except (RuntimeError, ValueError, TypeError, IndexError) as err:
-                fault = f"the model does not take a tree: {err}"
             if strict:
                 raise CheckError(
                     f"role {role!r}: packing gives other numbers than the model ({fault}); use another model"
@@ -176,6 +178,20 @@ def refuse_dropout(trunk: Trunk, role: str) -> None:
                     f"role {role!r}: dropout on: {name}.{key} is {value:g}, so old and new log-probs would differ by "
                     "chance; load the model with kilter.models.load.load_model, which sets all dropout to 0"
                 )
+
+
+def refuse_lost_attention_softcap(trunk: Trunk, role: str) -> None:
+    """Refuses a model that caps attention scores in any attention but `eager`.
+
+    Raises:
+        CheckError: the cap would be dropped without a word.
+    """
+    model: Any = trunk.models[trunk.roles[role].model]
+    if has_attention_softcap(origin_config(model)) and model.config._attn_implementation != "eager":
+        raise CheckError(
+            f"role {role!r}: attention {model.config._attn_implementation!r} drops the cap that this model puts on "
+            "attention scores (attn_logit_softcapping); load it with attention 'eager', the default for such models"
+        )
 
 
 class Pair:
@@ -315,7 +331,9 @@ class Pair:
         windows = [window for window in layer_windows(self.config).values() if window is not None]
         if windows:
             within = made_up_groups(self.vocab_size, longer=False)
-            if self._gap(self.ours, self.theirs, within, shorten=True)[0] <= LOGPROB_FLOOR:
+            with _short_windows(self.model, self.plain):
+                gap = (self.ours(_rows(within)) - self.theirs(_rows(within))).abs().max()
+            if float(gap) <= LOGPROB_FLOOR:
                 return (
                     f"lost window: paths longer than the attention window of {windows[0]} differ, shorter ones do not"
                 )

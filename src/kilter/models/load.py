@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,19 @@ def _load(kind: Any, path: str | Path, *, dtype: str, attention: str | None, rev
     if attention is None and has_attention_softcap(config):
         attention = "eager"  # sdpa loses the cap without a word
     try:
-        model, loading = kind.from_pretrained(
-            str(path),
-            config=config,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention,
-            revision=revision or "main",
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as err:
+        with quiet():
+            model, loading = kind.from_pretrained(
+                str(path),
+                config=config,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                revision=revision or "main",
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below, instead of in a table on the terminal
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as err:
         raise ModelError(f"{path}: cannot load the model: {_first_line(err)}") from err
     lacking = sorted(loading["missing_keys"]) + sorted(str(row[0]) for row in loading["mismatched_keys"])
     if lacking:
@@ -105,6 +108,21 @@ def plain_model(model: Any, tensors: Mapping[str, Tensor], *, kind: Any = None, 
     if model.can_generate() and plain.can_generate():
         plain.generation_config = copy.deepcopy(model.generation_config)
     return plain.eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own bars and tables on the terminal, in the middle of ours: what they tell, we tell."""
+    said = transformers.utils.logging
+    bar_was_on, verbosity = said.is_progress_bar_enabled(), said.get_verbosity()
+    said.disable_progress_bar()
+    said.set_verbosity_error()
+    try:
+        yield
+    finally:
+        said.set_verbosity(verbosity)
+        if bar_was_on:
+            said.enable_progress_bar()
 
 
 def load_config(path: str | Path, *, revision: str | None = None) -> Any:

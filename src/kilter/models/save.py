@@ -7,6 +7,7 @@ was trained on.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from torch import Tensor
 import kilter
 from kilter.errors import ModelError, RunError
 from kilter.models.adapters import write_adapter
-from kilter.models.attention import text_config
-from kilter.models.load import origin_config, plain_model, weights_hash
+from kilter.models.attention import has_attention_softcap, text_config
+from kilter.models.load import origin_config, plain_model, quiet, weights_hash
 from kilter.models.roles import plain_tensors
 from kilter.models.trunk import Trunk, decoder
 from kilter.rundir import write_folder, write_json
@@ -124,8 +125,13 @@ def _write(trunk: Trunk, role: str, folder: Path, plain: Any, tokenizer: Any) ->
         about["trunk"] = weights_hash(trunk.models[held.model])
     try:
         with write_folder(folder) as beside:
-            plain.save_pretrained(beside)
+            with quiet():
+                plain.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
+            if has_attention_softcap(plain.config):
+                # Read by transformers: its own default there, `sdpa`, would drop the cap and give other numbers.
+                config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
+                write_json(beside / "config.json", config | {"attn_implementation": "eager"})
             if held.adapter is not None:
                 write_adapter(trunk, role, beside / "adapter", str(about["trunk"]))
             write_json(beside / "kilter.json", about)

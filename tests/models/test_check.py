@@ -1,0 +1,172 @@
+"""The both-ways check: healthy families pass, planted faults are refused by name, and only packing faults fall back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from families import CONFIGS, PACKED, some_groups, untouched_model
+
+from kilter.errors import CheckError
+from kilter.models import check as check_module
+from kilter.models import heads
+from kilter.models import trunk as trunk_module
+from kilter.models.build import policy_trunk, ppo_trunk, reward_trunk
+from kilter.models.check import both_ways
+from kilter.models.load import load_model
+from kilter.models.roles import Lora
+from kilter.models.trunk import Trunk
+from kilter.tree import TokenTree
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every family as a folder; windows long, as published models have them, so that the check must shorten them."""
+    root = tmp_path_factory.mktemp("families")
+    for family, (_, options) in CONFIGS.items():
+        changes = {"sliding_window": 4096} if "sliding_window" in options else {}
+        untouched_model(family, **changes).save_pretrained(root / family)
+    return {family: root / family for family in CONFIGS}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_healthy_families_pass(family: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    trunk = policy_trunk(load_model(folders[family]))
+    with caplog.at_level(logging.WARNING, logger="kilter"):
+        report = both_ways(trunk, some_groups(5), "policy")
+    assert report.layout == trunk.layout == ("packed" if family in PACKED else "unrolled")
+    assert report.fault is None and report.found.gap < 2e-5 and report.found.gradient_gap < 1e-5
+    assert not [record for record in caplog.records if record.name.startswith("kilter")]
+    assert all(p.grad is None for p in trunk.parameters())
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt2"])
+def test_every_role_passes(family: str, folders: dict[str, Path]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    adapted = ppo_trunk(load_model(folders[family]), None, lora=Lora(3), generator=generator)
+    for role in ("policy", "reference", "value"):
+        report = both_ways(adapted, some_groups(4), role)
+        assert report.found.gap < 2e-5 and (report.found.gradient_gap is None) == (role == "reference")
+    assert not adapted.heads["value"].weight.any()  # made random for the check only
+    trunk = reward_trunk(load_model(folders[family]), generator=generator)
+    assert both_ways(trunk, some_groups(4), "reward").found.gap < 2e-5
+
+
+def leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = trunk_module.tree_masks
+
+    def leaked(tree: TokenTree, kinds, dtype):
+        fields = {name: getattr(tree, name) for name in TokenTree.__slots__}
+        return right(TokenTree(**fields | {"ancestors": torch.ones_like(tree.ancestors)}), kinds, dtype)
+
+    monkeypatch.setattr(trunk_module, "tree_masks", leaked)
+
+
+def test_leaked_mask_falls_back_by_name(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    leak(monkeypatch)
+    trunk = policy_trunk(load_model(folders["llama"]))
+    with caplog.at_level(logging.WARNING, logger="kilter"):
+        report = both_ways(trunk, some_groups(5), "policy")
+    assert report.layout == trunk.layout == "unrolled" and "leaked mask" in str(report.fault)
+    assert [record.getMessage() for record in caplog.records] == [report.line]
+    assert "one padded row per response" in report.line and report.found.gap < 2e-5
+    trunk = policy_trunk(load_model(folders["llama"]))
+    with pytest.raises(CheckError, match="leaked mask"):
+        both_ways(trunk, some_groups(5), "policy", strict=True)
+    assert trunk.layout == "packed"
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "qwen3_moe"])
+def test_lost_window_is_named(family: str, folders: dict[str, Path]) -> None:
+    """The window was there when the model was loaded and is gone when it trains."""
+    trunk = policy_trunk(load_model(folders[family]))
+    trunk.models["policy"].config.sliding_window = None
+    with pytest.raises(CheckError, match="lost window"):
+        both_ways(trunk, some_groups(5), "policy", strict=True)
+
+
+def test_window_lost_by_the_mask_is_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = trunk_module.tree_masks
+
+    def windowless(tree, kinds, dtype):
+        return right(tree, trunk_module.AttentionKinds(dict.fromkeys(kinds.windows), kinds.additive), dtype)
+
+    monkeypatch.setattr(trunk_module, "tree_masks", windowless)
+    report = both_ways(policy_trunk(load_model(folders["gemma2"])), some_groups(5), "policy")
+    assert "lost window" in str(report.fault) and report.layout == "unrolled"
+
+
+def test_dropout_is_named(folders: dict[str, Path]) -> None:
+    trunk = policy_trunk(load_model(folders["gpt2"]))
+    for module in trunk.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+            break
+    with pytest.raises(CheckError, match=r"dropout on: .*drop\.p is 0\.1"):
+        both_ways(trunk, some_groups(5), "policy")
+    trunk = policy_trunk(load_model(folders["llama"]))
+    next(m for m in trunk.modules() if hasattr(m, "attention_dropout")).attention_dropout = 0.1
+    with pytest.raises(CheckError, match=r"dropout on: .*attention_dropout is 0\.1"):
+        both_ways(trunk, some_groups(5), "policy")
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "neutral"),
+    [("gemma2", "final_logit_softcapping", None), ("granite", "logits_scaling", 1.0), ("cohere", "logit_scale", 1.0)],
+)
+def test_head_without_its_scale_is_named(
+    family: str, field: str, neutral: float | None, folders: dict[str, Path]
+) -> None:
+    trunk = policy_trunk(load_model(folders[family]))
+    setattr(trunk.models["policy"].config, field, neutral)
+    with pytest.raises(CheckError, match="softcap or a scale"):
+        both_ways(trunk, some_groups(5), "policy")
+
+
+def test_unknown_head_is_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def bare(model, hidden):
+        return model.get_output_embeddings()(hidden).float()
+
+    monkeypatch.setattr(heads, "logits_of", bare)
+    with pytest.raises(CheckError, match="not the model's own"):
+        both_ways(policy_trunk(load_model(folders["gemma3"])), some_groups(5), "policy")
+
+
+def test_attention_softcap_lost_under_sdpa_is_refused(folders: dict[str, Path]) -> None:
+    """Seen: Gemma 2 under sdpa loses its cap without a word; neither packed nor unpacked rows are then the model's."""
+    trunk = policy_trunk(load_model(folders["gemma2"], attention="sdpa"))
+    with pytest.raises(CheckError, match="drops the cap"):
+        both_ways(trunk, some_groups(5), "policy")
+
+
+def test_model_that_refuses_the_mask_falls_back(folders: dict[str, Path]) -> None:
+    trunk = policy_trunk(load_model(folders["bloom"]))
+    trunk.layout = "packed"  # as if nobody had known
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trunk_module, "inputs_of", lambda _: frozenset({"input_ids", "attention_mask"}))
+        patch.setattr(
+            trunk_module, "attention_kinds", lambda _: trunk_module.AttentionKinds({"full_attention": None}, False)
+        )
+        report = both_ways(trunk, some_groups(5), "policy")
+    assert report.layout == "unrolled" and "does not take a tree" in str(report.fault)
+
+
+def test_bfloat16_is_allowed_its_own_spread(folders: dict[str, Path]) -> None:
+    trunk = policy_trunk(load_model(folders["llama"], dtype="bfloat16"))
+    report = both_ways(trunk, some_groups(5), "policy")
+    assert report.layout == "packed" and report.found.gap > check_module.LOGPROB_FLOOR
+
+
+def test_bfloat16_compute_is_checked_in_float32_and_kept(folders: dict[str, Path]) -> None:
+    trunk = policy_trunk(load_model(folders["llama"]), compute_dtype=torch.bfloat16)
+    assert both_ways(trunk, some_groups(5), "policy").found.gap < 2e-5
+    assert trunk.compute_dtype == torch.bfloat16
+
+
+def test_no_groups_is_no_error(folders: dict[str, Path]) -> None:
+    trunk: Trunk = policy_trunk(load_model(folders["llama"]))
+    assert both_ways(trunk, [], "policy").layout == "packed"
