@@ -1,0 +1,17 @@
+"""Rollouts: answers sampled from a policy, what they are paid, and the sources of batches that learn from them."""
+
+from kilter.rollout.best_of_n import BestOfN, CurvePoint, best_of_n, best_of_n_curve, best_of_n_kl
+from kilter.rollout.collect import Rollout, collect, score_rollouts
+from kilter.rollout.ppo import PPOSource
+
+__all__ = [
+    "BestOfN",
+    "CurvePoint",
+    "PPOSource",
+    "Rollout",
+    "best_of_n",
+    "best_of_n_curve",
+    "best_of_n_kl",
+    "collect",
+    "score_rollouts",
+]

@@ -1,0 +1,70 @@
+"""Sampled answers with their texts: what annotators rank, scorers score and sources learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kilter.data.chat import ChatEncoder
+from kilter.models.generation import Completion, Sampling, generate
+from kilter.models.trunk import Trunk
+from kilter.records import Prompt, Sample, Score, Scorer
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One answer of a model to a prompt."""
+
+    prompt: Prompt
+    completion: Completion
+    text: str
+
+    @property
+    def sample(self) -> Sample:
+        """As a scorer sees it."""
+        return Sample(self.prompt.prompt, self.text, self.completion.ids, self.completion.finished)
+
+
+def collect(
+    trunk: Trunk,
+    role: str,
+    encoder: ChatEncoder,
+    prompts: Sequence[Prompt],
+    *,
+    num_samples: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+    batch_size: int = 256,
+    prompt_ids: Sequence[tuple[int, ...]] | None = None,
+) -> list[list[Rollout]]:
+    """Draws `num_samples` answers to each prompt.
+
+    Args:
+        prompt_ids: the encoded prompts, when the caller has them.
+        batch_size: see `generate`.
+    Returns:
+        [prompt][sample].
+    """
+    ids = [encoder.prompt(prompt.prompt) for prompt in prompts] if prompt_ids is None else prompt_ids
+    drawn = generate(
+        trunk,
+        role,
+        ids,
+        num_samples=num_samples,
+        sampling=sampling,
+        stop_ids=encoder.stop_ids,
+        generator=generator,
+        batch_size=batch_size,
+    )
+    return [
+        [Rollout(prompt, completion, encoder.decode(completion.ids)) for completion in completions]
+        for prompt, completions in zip(prompts, drawn, strict=True)
+    ]
+
+
+def score_rollouts(scorer: Scorer, rollouts: Sequence[Sequence[Rollout]]) -> list[list[Score]]:
+    """All scores in one call, in the shape of `rollouts`."""
+    scores = iter(scorer.score([rollout.sample for answers in rollouts for rollout in answers]))
+    return [[next(scores) for _ in answers] for answers in rollouts]
