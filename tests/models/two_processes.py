@@ -1,4 +1,4 @@
-"""Started by test_distributed.py: two gloo processes train every family on halves of the groups, under DDP and FSDP2.
+"""Started by test_two_processes.py: two gloo processes train every family on halves of the groups, under DDP and FSDP2.
 
 Process 0 has its groups in three micro-batches, process 1 in two and an empty one. Process 0 writes the gaps to the
 untouched model's gradient, as JSON, into the folder named on the command line.
@@ -14,11 +14,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from families import CONFIGS, expected, gradient_gap, gradients, mixed_loss, trained_model
 from torch.nn.parallel import DistributedDataParallel
 
+from kilter.models.adapters import load_adapter
 from kilter.models.build import policy_trunk
-from kilter.models.shard import shard, whole
+from kilter.models.load import whole
+from kilter.models.roles import Lora
+from kilter.models.save import save_causal_lm
+from kilter.models.shard import shard
+from kilter.models.trunk import Trunk
 from kilter.tree import Batch, empty_batch, make_batch
 
 WORLD = 2
@@ -45,6 +51,32 @@ def run(family: str, rank: int, *, sharded: bool, checkpointing: bool) -> tuple[
     return gradient_gap(ours, expected(family)[2])
 
 
+def saving(folder: Path) -> tuple[float, str]:
+    """A sharded policy with an adapter, saved and loaded: the largest difference of a logit, a tenth of it."""
+    lora, tokens = Lora(3), torch.tensor([[5, 6, 7, 8]])
+    trunk = policy_trunk(trained_model("llama"), lora=lora, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in trunk.parameters_of("policy"):
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+        with trunk.acting_as("policy") as model:
+            wanted = model(tokens).logits
+    save_causal_lm(shard(trunk), "policy", folder / "result", Words())
+    dist.barrier()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder / "result").eval()
+    again = Trunk({"base": trained_model("llama")}, {})
+    load_adapter(again, "policy", folder / "result" / "adapter", model="base")
+    with torch.no_grad(), again.acting_as("policy") as model:
+        gap = max(float((other(tokens).logits - wanted).abs().max()) for other in (plain, model))
+    return gap / 10, "saved"  # logits are some tens, gradients are compared relatively
+
+
+class Words:
+    """A tokenizer with nothing to save."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Nothing."""
+
+
 def main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
@@ -52,6 +84,7 @@ def main(rank: int, folder: str) -> None:
     for way, families in WAYS.items():
         options = {"sharded": "fsdp2" in way, "checkpointing": "checkpointed" in way}
         found[way] = {family: run(family, rank, **options) for family in families}
+    found["saved"] = {"llama": saving(Path(folder))}
     if rank == 0:
         Path(folder, "gaps.json").write_text(json.dumps(found))
     dist.destroy_process_group()

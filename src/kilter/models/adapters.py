@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from kilter.errors import ModelError
 from kilter.models.heads import ScalarHead
-from kilter.models.load import weights_hash
+from kilter.models.load import weights_hash, whole
 from kilter.models.roles import Lora, Role, add_adapter, lora_layers
 from kilter.models.trunk import Trunk, hidden_size
 from kilter.rundir import write_folder, write_json
@@ -20,25 +23,42 @@ from kilter.rundir import write_folder, write_json
 WEIGHTS, HEAD = "adapter_model.safetensors", "head.safetensors"
 
 
-def save_adapter(trunk: Trunk, role: str, folder: str | Path) -> None:
-    """Writes a role's adapter (and head) alone; plain peft loads it on the same base model."""
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """What an adapter's folder holds, gathered from all processes and ready to be written by one."""
+
+    weights: dict[str, Tensor]
+    head: Tensor | None
+    config: Any
+    about: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Into a folder that is made here."""
+        folder.mkdir(exist_ok=True)
+        save_file(self.weights, folder / WEIGHTS, metadata={"format": "pt"})
+        if self.head is not None:
+            save_file({"score.weight": self.head}, folder / HEAD)
+        self.config.save_pretrained(str(folder))
+        write_json(folder / "kilter.json", self.about)
+
+
+def gather_adapter(trunk: Trunk, role: str) -> AdapterFiles:
+    """A role's adapter and head; of a sharded trunk on every process, which all must ask.
+
+    Raises:
+        ModelError: the role is held without an adapter.
+    """
     held = trunk.roles[role]
     if held.adapter is None:
         raise ModelError(f"role {role!r} is no adapter; save it as a whole model")
-    with write_folder(Path(folder)) as beside:
-        write_adapter(trunk, role, beside, weights_hash(trunk.models[held.model]))
-
-
-def write_adapter(trunk: Trunk, role: str, folder: Path, trunk_hash: str) -> None:
-    """The files of `save_adapter`, into a folder that is made here."""
-    held = trunk.roles[role]
     model: Any = trunk.models[held.model]
     prefix = _prefix(model)
     layers = {name: layer for name, layer in lora_layers(model).items() if held.adapter in layer.lora_A}
     weights = {}
     for name, layer in layers.items():
-        weights[f"base_model.model.{prefix}{name}.lora_A.weight"] = layer.lora_A[held.adapter].weight.detach()
-        weights[f"base_model.model.{prefix}{name}.lora_B.weight"] = layer.lora_B[held.adapter].weight.detach()
+        for part, module in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            value = module[held.adapter].weight.detach()
+            weights[f"base_model.model.{prefix}{name}.{part}.weight"] = whole(value).contiguous()
     first = next(iter(layers.values()))
     config = peft.LoraConfig(
         r=first.r[held.adapter],
@@ -48,13 +68,22 @@ def write_adapter(trunk: Trunk, role: str, folder: Path, trunk_hash: str) -> Non
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    folder.mkdir(exist_ok=True)
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    if held.head is not None:
-        head: Any = trunk.heads[held.head]
-        save_file({"score.weight": head.weight.detach()}, folder / HEAD)
-    config.save_pretrained(str(folder))
-    write_json(folder / "kilter.json", {"role": role, "trunk": trunk_hash})
+    head: Any = None if held.head is None else trunk.heads[held.head]
+    about = {"role": role, "trunk": weights_hash(model)}
+    return AdapterFiles(weights, None if head is None else whole(head.weight.detach()), config, about)
+
+
+def save_adapter(trunk: Trunk, role: str, folder: str | Path) -> None:
+    """Writes a role's adapter (and head) alone; plain peft loads it on the same base model."""
+    files = gather_adapter(trunk, role)
+    if is_writer():
+        with write_folder(Path(folder)) as beside:
+            files.write(beside)
+
+
+def is_writer() -> bool:
+    """Whether this process writes files: the first one, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def load_adapter(trunk: Trunk, role: str, folder: str | Path, *, model: str, adapter: str | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
@@ -198,5 +199,10 @@ def weights_hash(model: Any) -> str:
 
 def trunk_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters of a model under the names they have without adapters, detached."""
-    named = {name.replace(".base_layer.", "."): value.detach() for name, value in model.named_parameters()}
-    return {name: value for name, value in named.items() if ".lora_" not in name}
+    named = {name.replace(".base_layer.", "."): value for name, value in model.named_parameters()}
+    return {name: whole(value.detach()) for name, value in named.items() if ".lora_" not in name}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together again, on every process (all must ask); any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from kilter.errors import ModelError
+from kilter.models.load import whole
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
@@ -154,13 +155,14 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
 def plain_tensors(model: nn.Module, adapter: str | None) -> dict[str, Tensor]:
     """A model's weights and buffers under the names they have without LoRA layers, one adapter merged in.
 
-    The merged weights are differentiable functions of the trunk's parameters: `W + (alpha / rank) B A`.
+    The merged weights are differentiable functions of the trunk's parameters: `W + (alpha / rank) B A`. Of a sharded
+    model they are put together, on every process.
     """
     held = model.state_dict(keep_vars=True)
-    tensors = {name.replace(".base_layer.", "."): value for name, value in held.items() if ".lora_" not in name}
+    tensors = {name.replace(".base_layer.", "."): whole(value) for name, value in held.items() if ".lora_" not in name}
     for name, layer in lora_layers(model).items():
         if adapter is not None and adapter in layer.lora_A:
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + layer.get_delta_weight(adapter)
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + whole(layer.get_delta_weight(adapter))
     return tensors
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 import kilter
 from kilter.errors import ModelError, RunError
-from kilter.models.adapters import write_adapter
+from kilter.models.adapters import gather_adapter, is_writer
 from kilter.models.attention import has_attention_softcap, text_config
-from kilter.models.load import origin_config, plain_model, quiet, weights_hash
+from kilter.models.load import origin_config, plain_model, quiet, whole
 from kilter.models.roles import plain_tensors
 from kilter.models.trunk import Trunk, decoder
 from kilter.rundir import write_folder, write_json
@@ -72,7 +72,7 @@ def save_reward_model(
         text_config(config).vocab_size = max(text_config(config).vocab_size, pad_id + 1)
         tensors = {f"{classifier.base_model_prefix}.{name}": value for name, value in tensors.items()}
         head: Any = trunk.heads[held.head]
-        tensors["score.weight"] = head.weight.to(model.dtype)
+        tensors["score.weight"] = whole(head.weight).to(model.dtype)
         plain = plain_model(model, tensors, kind=classifier, config=config)
     _write(trunk, role, Path(folder), plain, tokenizer)
 
@@ -80,11 +80,11 @@ def save_reward_model(
 def _with_row(model: Any, tensors: dict[str, Tensor], token: int) -> dict[str, Tensor]:
     """The tensors of `model` with the token embeddings long enough for `token`, filled with zeros."""
     embeddings = model.get_input_embeddings().weight
-    lacking = token + 1 - len(embeddings)
+    name = next(name for name, parameter in model.named_parameters() if parameter is embeddings)
+    lacking = token + 1 - len(tensors[name])
     if lacking <= 0:
         return tensors
-    row = torch.zeros(lacking, embeddings.shape[1], dtype=embeddings.dtype, device=embeddings.device)
-    return {name: torch.cat([value, row]) if value is embeddings else value for name, value in tensors.items()}
+    return tensors | {name: torch.nn.functional.pad(tensors[name], (0, 0, 0, lacking))}
 
 
 def sequence_classifier(config: Any) -> Any:
@@ -119,10 +119,14 @@ def pick_pad(tokenizer: Any, ends: Collection[int]) -> int:
 
 
 def _write(trunk: Trunk, role: str, folder: Path, plain: Any, tokenizer: Any) -> None:
-    held = trunk.roles[role]
+    """Of a sharded trunk every process comes here, and one writes."""
     about: dict[str, Any] = {"kilter": kilter.__version__, "role": role}
-    if held.adapter is not None:
-        about["trunk"] = weights_hash(trunk.models[held.model])
+    adapter = None
+    if trunk.roles[role].adapter is not None:
+        adapter = gather_adapter(trunk, role)
+        about["trunk"] = adapter.about["trunk"]
+    if not is_writer():
+        return
     try:
         with write_folder(folder) as beside:
             with quiet():
@@ -132,8 +136,8 @@ def _write(trunk: Trunk, role: str, folder: Path, plain: Any, tokenizer: Any) ->
                 # Read by transformers: its own default there, `sdpa`, would drop the cap and give other numbers.
                 config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
                 write_json(beside / "config.json", config | {"attn_implementation": "eager"})
-            if held.adapter is not None:
-                write_adapter(trunk, role, beside / "adapter", str(about["trunk"]))
+            if adapter is not None:
+                adapter.write(beside / "adapter")
             write_json(beside / "kilter.json", about)
     except SafetensorError as err:
         raise RunError(f"{folder}: the weights could not be written ({err}); is the disk full?") from err

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kilter.models.load import whole
 from kilter.models.trunk import Trunk
+
+__all__ = ["shard", "whole"]
 
 
 def shard(trunk: Trunk, **options: Any) -> Trunk:
@@ -23,8 +24,3 @@ def shard(trunk: Trunk, **options: Any) -> Trunk:
             fully_shard(module, **options)
     fully_shard(trunk, **options)
     return trunk
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together again, on every process (all must ask); any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -174,7 +174,13 @@ class Trunk(nn.Module):
 
 def decoder(model: Any) -> Any:
     """The part of a model that ends with its final hidden states: without the language head, when it has one."""
-    return model.base_model if model.get_output_embeddings() is not None else model
+    if model.get_output_embeddings() is None:
+        return model
+    if model.base_model is model:
+        raise ModelError(
+            f"{type(model).__name__} does not name its decoder (base_model_prefix); use another kind of model"
+        )
+    return model.base_model
 
 
 def hidden_size(model: Any) -> int:

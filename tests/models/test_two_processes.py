@@ -30,6 +30,11 @@ def gaps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tuple[
 
 
 @pytest.mark.slow
+def test_sharded_policy_is_saved_whole(gaps: dict[str, dict[str, tuple[float, str]]]) -> None:
+    assert gaps["saved"]["llama"][0] <= 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "family"), [(way, family) for way, families in WAYS.items() for family in families])
 def test_two_processes(gaps: dict[str, dict[str, tuple[float, str]]], way: str, family: str) -> None:
     gap, where = gaps[way][family]
