@@ -244,6 +244,8 @@ class PreferStage(Stage):
     data: Required
     """Preference pairs, rankings, or an earlier `collect` stage."""
     loss: LossConfig = LossConfig()
+    snapshots: Annotated[int, Field(ge=0)] = 0
+    """Keep so many policies along the way, evenly spaced, for the picture of reward against KL."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the data."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -310,6 +312,9 @@ class RlStage(Stage):
     """Reward model: an earlier stage, a folder, or `package.module:function` of a scorer."""
     prompts: Required
     """Prompts to answer."""
+    pairs: Possible = NOTHING
+    """Held-out pairs on which the reward must prefer the better answer, or training is refused. Default: those that
+    the reward stage kept aside."""
     rollouts: Annotated[int, Field(gt=0)] = 50
     """How many times the policy is sampled."""
     prompts_per_rollout: Annotated[int, Field(gt=0)] = 64
@@ -341,6 +346,23 @@ class BestOfNStage(Stage):
     """n."""
 
 
+class Claim(Model):
+    """Something a run should show, held against its figures: it holds when the whole 95% interval lies on its side."""
+
+    text: str
+    """The claim in words, for the report."""
+    left: str
+    """`model.metric`, for example `ppo.true_reward`."""
+    right: str = ""
+    """`model.metric` to compare with: the difference is taken prompt by prompt; empty: `left` stands alone."""
+    above: float | None = None
+    """The interval's lower end must be above this."""
+    below: float | None = None
+    """The interval's upper end must be below this, or equal to it."""
+    paired: bool = True
+    """False: the interval is that of `left` alone, less the mean of `right`."""
+
+
 class EvalStage(Stage):
     """Sample every model on held-out prompts and measure it against truth, proxy and reference."""
 
@@ -366,6 +388,8 @@ class EvalStage(Stage):
     """Prompts on which snapshots along a method's path are measured."""
     slider_prompts: Annotated[int, Field(ge=0)] = 3
     """Prompts whose answers the report's slider shows."""
+    claims: tuple[Claim, ...] = ()
+    """What the run should show."""
 
 
 AnyStage = Annotated[

@@ -1,0 +1,188 @@
+"""`kilter data check | filter | convert | show | formats`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from kilter.cli.options import parse
+from kilter.config import Model
+from kilter.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from kilter.data import ReadResult
+
+HELP = """usage: kilter data ACTION FILE [options]
+
+  check FILE           duplicates, contradictions, cycles, leakage, length, label noise; exit code 1 on errors
+  filter FILE --out F  leave records out by rules, each counted
+  convert FILE --out F rewrite any known layout as Kilter's own JSONL
+  show FILE --model M  records as the model will see them, token by token, with what is scored
+  formats              the layouts that are recognised
+
+example:
+  kilter data check pairs.jsonl --held-out test.jsonl"""
+
+
+class ReadOptions(Model):
+    """How a file is read."""
+
+    record: str | None = None
+    """Kind of record: demonstration, pair, ranking, feedback, prompt, steps, judgement. Default: what it holds."""
+    format: str = "auto"
+    """Layout of the rows; `auto` recognises it by content."""
+    skip_bad: bool = False
+    """Set bad rows aside in a file in --aside and count them, instead of stopping at the first."""
+    aside: Path = Path()
+    """Folder for the rows set aside."""
+
+
+class CheckOptions(ReadOptions):
+    """Say what is wrong with a data file before anybody trains on it."""
+
+    held_out: Path | None = None
+    """A test file: prompts that stand in both are an error."""
+    as_json: bool = False
+    """Print the findings as JSON."""
+
+
+class FilterOptions(ReadOptions):
+    """Write the records that every rule keeps; `kilter data formats` and the docs list the rules."""
+
+    out: Path | None = None
+    """File to write; it must not exist yet."""
+    rules: tuple[str, ...] = ("duplicates", "identical")
+    """Rules by name, `name` or `name=value`, for example max-chars=2000."""
+    held_out: Path | None = None
+    """A test file, for the rule `leaked`."""
+
+
+class ConvertOptions(ReadOptions):
+    """Rewrite a file of any known layout as Kilter's own JSONL."""
+
+    out: Path | None = None
+    """File to write; it must not exist yet."""
+
+
+class ShowOptions(ReadOptions):
+    """Print records token by token; scored tokens stand in [brackets]."""
+
+    model: str = ""
+    """Folder or hub name whose tokenizer and chat template are used."""
+    count: Annotated[int, Field(gt=0)] = 3
+    """How many records."""
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Dispatch to an action."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if argv[0] == "formats":
+        return _formats()
+    actions: dict[str, tuple[type[ReadOptions], Callable[..., int]]] = {
+        "check": (CheckOptions, _check),
+        "filter": (FilterOptions, _filter),
+        "convert": (ConvertOptions, _convert),
+        "show": (ShowOptions, _show),
+    }
+    if argv[0] not in actions:
+        raise ConfigError(f"kilter {command}: no action {argv[0]!r}; choose one of {', '.join(actions)}, formats")
+    options_type, action = actions[argv[0]]
+    prog = f"kilter {command} {argv[0]} FILE"
+    words = argv[1:]
+    if words and words[0] in ("-h", "--help"):
+        parse(options_type, ["--help"], prog=prog, default=options_type())
+    if not words or words[0].startswith("-"):
+        raise ConfigError(f"{prog}: the file comes first; {prog} --help lists every option")
+    return action(words[0], parse(options_type, words[1:], prog=prog, default=options_type()))
+
+
+def _read(path: str, options: ReadOptions) -> ReadResult:
+    from kilter.data import read
+
+    to = options.aside if options.skip_bad else None
+    found = read(path, record=options.record, format=options.format, skip_bad=options.skip_bad, skipped_to=to)
+    if found.skipped:
+        print(f"{path}: {len(found.skipped)} of {found.rows} rows set aside in {found.skipped_path}", file=sys.stderr)
+    return found
+
+
+def _new(path: Path | None) -> Path:
+    if path is None:
+        raise ConfigError("--out must be given: the file to write")
+    if path.exists():
+        raise RunError(f"{path}: exists and is not overwritten; choose another name with --out")
+    return path
+
+
+def _check(path: str, options: CheckOptions) -> int:
+    from kilter.data import read
+    from kilter.data.lint import check
+
+    result = _read(path, options)
+    held_out = read(options.held_out).records if options.held_out else []
+    findings = check(result.records, held_out=held_out)
+    if options.as_json:
+        print(json.dumps([finding.to_dict() for finding in findings], indent=1))
+    else:
+        print(f"{path}: {len(result.records)} records, layout {result.format}")
+        for finding in findings:
+            rows = f" (records {', '.join(str(row + 1) for row in finding.examples)})" if finding.examples else ""
+            print(f"  {finding.severity:<8}{finding.name}: {finding.message}{rows}")
+    return 1 if any(finding.severity == "error" for finding in findings) else 0
+
+
+def _filter(path: str, options: FilterOptions) -> int:
+    from kilter.data import read, write
+    from kilter.data.filter import filter_records
+
+    out = _new(options.out)
+    records = _read(path, options).records
+    held_out = read(options.held_out).records if options.held_out else []
+    kept, dropped = filter_records(records, options.rules, held_out=held_out)
+    write(out, kept)
+    print(f"{out}: {len(kept)} of {len(records)} records kept")
+    for name, count in dropped.most_common():
+        print(f"  {count} left out by {name}")
+    return 0
+
+
+def _convert(path: str, options: ConvertOptions) -> int:
+    from kilter.data import write
+
+    out = _new(options.out)
+    found = _read(path, options)
+    write(out, found.records)
+    print(f"{out}: {len(found.records)} records from {found.rows} rows of layout {found.format}")
+    return 0
+
+
+def _show(path: str, options: ShowOptions) -> int:
+    if not options.model:
+        raise ConfigError("kilter data show: --model must be given: its tokenizer and chat template are shown at work")
+    from kilter.data.chat import ChatEncoder
+    from kilter.data.show import show
+    from kilter.models.load import load_tokenizer
+
+    records = _read(path, options).records[: options.count]
+    for row in show(records, ChatEncoder(load_tokenizer(options.model))):
+        print(f"record {row.record + 1}, {row.label}: {len(row.tokens)} tokens, {row.scored} scored {row.problem}")
+        texts = [repr(token.text)[1:-1] for token in row.tokens]
+        print(
+            "  " + "".join(f"[{text}]" if token.scored else text for text, token in zip(texts, row.tokens, strict=True))
+        )
+    return 0
+
+
+def _formats() -> int:
+    from kilter.data import layouts
+
+    for layout in layouts():
+        print(f"{layout.name:<24}{layout.record:<16}{', '.join(sorted(layout.has))}")
+    return 0

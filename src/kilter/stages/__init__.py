@@ -1,0 +1,6 @@
+"""Stages: the only place where source, objective, loop, run directory and report meet."""
+
+from kilter.stages.plan import plan
+from kilter.stages.run import run_recipe
+
+__all__ = ["plan", "run_recipe"]

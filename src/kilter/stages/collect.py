@@ -1,0 +1,89 @@
+"""Sampling responses and having them ranked; and best-of-n, which trains nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kilter import data
+from kilter.config import BestOfNStage, CollectStage, SamplingConfig
+from kilter.models.build import policy_trunk
+from kilter.models.generation import Sampling
+from kilter.records import Prompt, Ranking
+from kilter.rollout.collect import collect
+from kilter.rundir import write_folder, write_json
+from kilter.stages.context import Context, score_truth
+from kilter.stages.training import equip
+from kilter.stats import proportion
+
+SHARE = 512  # prompts answered between two lines of progress
+
+
+def sampling_of(config: SamplingConfig) -> Sampling:
+    """A recipe's sampling as the sampler takes it."""
+    return Sampling(config.temperature, config.top_k, config.top_p, config.max_new_tokens)
+
+
+def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
+    """k responses to each prompt, ranked by the annotator: rankings.jsonl and judgements.jsonl."""
+    equipment = equip(context, stage.model)
+    annotator = context.call("annotator", stage.annotator, seed=context.seed("annotator"))
+    prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
+    trunk = policy_trunk(equipment.folder)
+    generator = context.generator("samples")
+    context.watch.begin(context.name, len(prompts))
+    texts: list[list[str]] = []
+    tokens = 0
+    for at in range(0, len(prompts), SHARE):
+        drawn = collect(
+            trunk,
+            "policy",
+            equipment.encoder,
+            prompts[at : at + SHARE],
+            num_samples=stage.num_samples,
+            sampling=sampling_of(stage.sampling),
+            generator=generator,
+            batch_size=stage.sampling.batch_size,
+        )
+        texts += [[rollout.text for rollout in row] for row in drawn]
+        new = sum(len(rollout.completion.ids) for row in drawn for rollout in row)
+        tokens += new
+        context.watch.step(len(texts), tokens=new)
+    # An empty answer cannot be ranked by anybody, and one prompt's equal answers say nothing about each other.
+    unique = [list(dict.fromkeys(text for text in row if text.strip())) for row in texts]
+    kept = [(prompt, row) for prompt, row in zip(prompts, unique, strict=True) if len(row) > 1]
+    judgements = annotator.rank([prompt for prompt, _ in kept], [row for _, row in kept])
+    rankings = [
+        Ranking(prompt=one.prompt, responses=one.responses, ranks=one.ranks, kind=one.kind, source=one.source)
+        for one in judgements
+    ]
+    with write_folder(context.folder.result) as folder:
+        data.write(folder / "rankings.jsonl", rankings)
+        data.write(folder / "judgements.jsonl", judgements)
+    found: dict[str, Any] = {"prompts": len(prompts), "ranked": len(rankings), "sampled_tokens": tokens}
+    if stage.truth.path:
+        true = score_truth(context.call("truth", stage.truth), [prompt for prompt, _ in kept], [row for _, row in kept])
+        found["label_accuracy"] = _label_accuracy(rankings, true)
+    return found
+
+
+def _label_accuracy(rankings: list[Ranking], true: list[list[float]]) -> dict[str, Any]:
+    right = total = 0
+    for ranking, values in zip(rankings, true, strict=True):
+        for a in range(len(values)):
+            for b in range(a):
+                if values[a] != values[b] and ranking.ranks[a] != ranking.ranks[b]:
+                    right += (values[a] > values[b]) == (ranking.ranks[a] < ranking.ranks[b])
+                    total += 1
+    return proportion(right, total).to_dict()
+
+
+def run_best_of_n(context: Context, stage: BestOfNStage) -> dict[str, Any]:
+    """Nothing is trained: the result says which model answers and which reward model chooses."""
+    about = {
+        "model": context.model(stage.model),
+        "reward": context.model(stage.reward),
+        "num_samples": stage.num_samples,
+    }
+    with write_folder(context.folder.result) as folder:
+        write_json(folder / "best_of_n.json", about)
+    return about

@@ -1,0 +1,170 @@
+"""Reinforcement learning as a stage: roles, reward, rollouts, snapshots along the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kilter import data
+from kilter.config import RlStage
+from kilter.data.chat import ChatEncoder
+from kilter.models.build import load_reward_model, ppo_trunk
+from kilter.models.load import load_tokenizer
+from kilter.models.save import save_causal_lm
+from kilter.models.trunk import Trunk
+from kilter.records import PreferencePair, Prompt, Scorer
+from kilter.rollout.collect import Rollout
+from kilter.rollout.ppo import PPOSource
+from kilter.rollout.reward import paid_rewards
+from kilter.scorers.check import check_scorer
+from kilter.scorers.load import load_scorer
+from kilter.scorers.reward_model import RewardModelScorer
+from kilter.stages.collect import sampling_of
+from kilter.stages.context import FUNCTION, Context
+from kilter.stages.snapshots import Snapshots, snapshot_places
+from kilter.stages.supervised import HELD_OUT
+from kilter.stages.training import Equipment, check_trunk, compute_dtype, equip, lora_of, train
+from kilter.train.checks import check_signs, require
+from kilter.train.objectives import ppo
+from kilter.tree import Group, Response
+
+
+def scorer_of(folder: str, *, dtype: torch.dtype | None = None) -> Scorer:
+    """A reward model folder, or a function `package.module:name`, as a scorer."""
+    if FUNCTION.fullmatch(folder):
+        return load_scorer(folder)
+    encoder = ChatEncoder(load_tokenizer(folder))
+    return RewardModelScorer(load_reward_model(folder, compute_dtype=dtype).eval(), encoder)
+
+
+def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
+    """PPO; the model at the start is the reference."""
+    equipment = equip(context, stage.model)
+    prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
+    reward = stage.reward if FUNCTION.fullmatch(stage.reward) else context.model(stage.reward)
+    dtype = compute_dtype(stage.precision)
+    scorer = scorer_of(reward, dtype=dtype)
+    numbers = stage.ppo
+    value_from = reward if numbers.value_from_reward and not FUNCTION.fullmatch(reward) else None
+    trunk = ppo_trunk(
+        equipment.folder,
+        value_from,
+        lora=lora_of(stage.lora),
+        generator=context.generator("adapters"),
+        compute_dtype=dtype,
+    )
+    objective = ppo(clip_range=numbers.clip_range, clip_range_value=numbers.clip_range_value, vf_coef=numbers.vf_coef)
+    trunk.train_only(*objective.roles)
+    require(*check_signs(partial(paid_rewards, kl_coef=numbers.kl_coef), kl_penalty=numbers.kl_coef > 0))
+    accuracy = _check_reward(context, stage, scorer)
+    gap = check_trunk(context, trunk, "policy", _probe(equipment, prompts), stage.precision)
+    last_good = None
+    if stage.stop_below:
+        measure = context.function("stop_measure", stage.stop_measure)
+        last_good = LastGood(trunk, measure, stage.stop_measure.path, stage.stop_below)
+    source = PPOSource(
+        trunk,
+        equipment.encoder,
+        prompts,
+        scorer,
+        sampling=sampling_of(stage.sampling),
+        config=numbers,
+        prompts_per_rollout=stage.prompts_per_rollout,
+        num_samples=stage.num_samples,
+        generator=context.generator("rollouts"),
+        row_tokens=stage.optim.row_tokens,
+        batch_tokens=stage.optim.batch_tokens,
+        batch_size=stage.sampling.batch_size,
+        stop_when=last_good,
+    )
+    places = snapshot_places(stage.rollouts, stage.snapshots)
+    snapshots = Snapshots(context, trunk, equipment, {place * source.steps_per_rollout for place in places})
+    rates = {"value": numbers.value_learning_rate} if numbers.value_learning_rate else None
+
+    def on_step(step: int, figures: dict[str, float]) -> None:
+        figures |= source.figures if step % source.steps_per_rollout == 0 else {}
+        snapshots.look(step)
+
+    steps = stage.rollouts * source.steps_per_rollout
+    state = train(
+        context,
+        trunk,
+        objective,
+        source,
+        stage.optim,
+        steps,
+        role_learning_rates=rates,
+        on_step=on_step,
+        stop=lambda _step, _figures: source.stopped is not None,
+        also={"last_good": last_good} if last_good else {},
+    )
+    if source.stopped and last_good is not None:
+        context.watch.say(f"  stopped at step {state.step}: {source.stopped}; the last good policy is kept")
+        last_good.restore()
+    save_causal_lm(trunk, "policy", context.folder.result, equipment.template())
+    return {
+        "both_ways_gap": gap,
+        "reward_accuracy": accuracy,
+        "steps": state.step,
+        "stopped": source.stopped,
+        "dropped": source.num_dropped,
+    }
+
+
+def _check_reward(context: Context, stage: RlStage, scorer: Scorer) -> dict[str, Any] | None:
+    """The reward prefers the better of held-out pairs, or the run is refused; None: there were no pairs to ask."""
+    pairs: list[PreferencePair] = []
+    if stage.pairs.path:
+        pairs = context.records("pairs", stage.pairs, "pair")
+    elif stage.reward in context.recipe.stages:
+        path = context.earlier(stage.reward).path / HELD_OUT
+        pairs = list(data.read(path, record="pair").records) if path.stat().st_size else []  # type: ignore[arg-type]
+    if not pairs:
+        context.watch.say("  no held-out pairs: whether the reward prefers better answers was not checked")
+        return None
+    return check_scorer(scorer, pairs).accuracy.to_dict()
+
+
+def _probe(equipment: Equipment, prompts: Sequence[Prompt]) -> list[Group]:
+    """Groups for the both-ways check: prompts answered by their own first tokens."""
+    found = []
+    for prompt in prompts[:8]:
+        ids = equipment.encoder.prompt(prompt.prompt)
+        found.append(Group(ids, (Response(ids[:12]), Response(ids[-8:]))))
+    return found
+
+
+class LastGood:
+    """Stops a run whose answers are no longer what they should be, and gives back the last policy whose answers were.
+
+    It is asked at each rollout, before anything is learned from it. Its copy of the weights goes into the checkpoints.
+    """
+
+    def __init__(self, trunk: Trunk, measure: Callable[[Prompt, str], bool], name: str, stop_below: float) -> None:
+        self._parameters = dict(enumerate(trunk.parameters_of("policy")))
+        self._measure, self._name, self._stop_below = measure, name, stop_below
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> str | None:
+        """Why training should stop, or None; keeps the policy when it is good."""
+        share = sum(bool(self._measure(one.prompt, one.text)) for one in rollouts) / len(rollouts)
+        if share < self._stop_below:
+            return f"{share:.0%} of the answers pass {self._name}, below {self._stop_below:.0%}"
+        self._kept = {number: parameter.detach().clone() for number, parameter in self._parameters.items()}
+        return None
+
+    def restore(self) -> None:
+        """Put the kept policy back; without one the first policy was bad already, and stays."""
+        with torch.no_grad():
+            for number, value in self._kept.items():
+                self._parameters[number].copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(number): value for number, value in self._kept.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        self._kept = {int(number): value for number, value in state.items()}

@@ -1,0 +1,78 @@
+"""Runs a recipe: stage after stage, each skipped when it has ended before, then the summary and the report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kilter.config import Recipe
+from kilter.report import write_report
+from kilter.rundir import RunDir
+from kilter.stages.collect import run_best_of_n, run_collect
+from kilter.stages.context import Context
+from kilter.stages.curve import write_curve
+from kilter.stages.evaluate import Evaluation
+from kilter.stages.progress import Watch
+from kilter.stages.reinforce import run_rl
+from kilter.stages.summary import evaluate, write_summary
+from kilter.stages.supervised import run_prefer, run_reward, run_sft
+
+
+def _run_eval(context: Context, stage: Any) -> dict[str, Any]:
+    evaluation = Evaluation(context, stage)
+    context.watch.begin(context.name, len(stage.models))
+    found = evaluate(evaluation)
+    write_curve(evaluation)
+    return found
+
+
+RUNNERS: dict[str, Callable[[Context, Any], dict[str, Any]]] = {
+    "sft": run_sft,
+    "collect": run_collect,
+    "reward": run_reward,
+    "prefer": run_prefer,
+    "rl": run_rl,
+    "best_of_n": run_best_of_n,
+    "eval": _run_eval,
+}
+
+
+def run_recipe(recipe: Recipe, out: Path, *, watch: Watch | None = None) -> RunDir:
+    """Run every stage of `recipe` that has not ended yet in `out`, then write summary.json, report.html and card.md.
+
+    The same call on the same directory goes on where a killed one was, to the same bits.
+
+    Raises:
+        KilterError: bad input, before anything is trained; a failed check.
+    """
+    transformers.utils.logging.disable_progress_bar()  # ours is on the screen already
+    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
+    environment = {"seed": recipe.seed, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    run = RunDir.open(out, recipe, environment=environment)
+    done: dict[str, dict[str, Any]] = {}
+    try:
+        with watch or Watch() as shown:
+            for name, stage in recipe.stages.items():
+                context = Context(recipe, run, name, stage, shown)
+                ended = context.folder.done
+                if ended is None:
+                    shown.say(f"{name} ({stage.stage})")
+                    begun = time.monotonic()
+                    found = RUNNERS[stage.stage](context, stage)
+                    context.folder.finish(**found, seconds=round(time.monotonic() - begun, 2))
+                    ended = context.folder.done
+                assert ended is not None
+                done[name] = ended
+            write_summary(run, recipe, done)
+            report = write_report(run.path)
+            shown.say(f"report: {report}")
+    finally:
+        run.close()
+    return run

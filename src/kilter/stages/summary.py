@@ -1,0 +1,130 @@
+"""summary.json: every figure of a run, machine-readable, each `{mean, low, high, n}` or null."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kilter.config import Claim, EvalStage, Recipe
+from kilter.evals import Answer, by_kind, figures, win_rate
+from kilter.records import prompt_id
+from kilter.rundir import RunDir, versions, write_json
+from kilter.stages.evaluate import Evaluation
+from kilter.stats import Interval, mean_interval
+
+Figures = dict[str, dict[str, Interval | None]]
+NOT_MEASURED = (
+    "models above 135 million parameters: none was run",
+    "people: labels come from simulated annotators unless the recipe names a file",
+    "other seeds: one run is one seed",
+)
+
+
+def evaluate(evaluation: Evaluation) -> dict[str, Any]:
+    """All that the evaluation stage found, ready for done.json."""
+    stage = evaluation.stage
+    answers = {name: evaluation.model(name, value) for name, value in stage.models.items()}
+    found: dict[str, Any] = {}
+    if stage.demonstrations.path:
+        answers["demonstrations"] = evaluation.demonstrations()
+        found["demonstrators"] = _demonstrators(answers["demonstrations"])
+    if stage.oracle.path:
+        oracle = [answer.true_reward for answer in evaluation.oracle() if answer.true_reward is not None]
+        found.setdefault("demonstrators", {})["oracle"] = statistics.fmean(oracle)
+    reference = next((name for name, value in stage.models.items() if value == stage.reference), None)
+    models: Figures = {}
+    for name, own in answers.items():
+        models[name] = figures(own)
+        if reference is not None:
+            models[name]["win_rate_vs_sft"] = win_rate(own, answers[reference]) if name != "demonstrations" else None
+    found["models"] = {name: {key: plain(value) for key, value in own.items()} for name, own in models.items()}
+    found["by_kind"] = {
+        name: {kind: {key: plain(value) for key, value in own.items()} for kind, own in by_kind(rows).items()}
+        for name, rows in answers.items()
+    }
+    found["claims"] = [check(claim, answers) for claim in stage.claims]
+    return found
+
+
+def check(claim: Claim, answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
+    """Does the claim hold? None: it could not be measured."""
+    left = _values(answers, claim.left)
+    right = _values(answers, claim.right) if claim.right else {}
+    values = list(left.values())
+    if claim.right and claim.paired:
+        values = [value - right[key] for key, value in left.items() if key in right]
+    if not values or (claim.right and not right):
+        return {"claim": claim.text, "held": None, "figure": None}
+    interval = mean_interval(values)
+    if claim.right and not claim.paired:
+        less = statistics.fmean(right.values())
+        interval = Interval(interval.mean - less, interval.low - less, interval.high - less, interval.n)
+    held = (claim.above is None or interval.low > claim.above) and (claim.below is None or interval.high <= claim.below)
+    return {"claim": claim.text, "held": held, "figure": plain(interval)}
+
+
+def _values(answers: Mapping[str, Sequence[Answer]], address: str) -> dict[str, float]:
+    """Prompt -> value of `model.metric`, for the prompts where it was measured."""
+    model, _, metric = address.partition(".")
+    found = {}
+    for answer in answers.get(model, ()):
+        value = getattr(answer, metric, None) if metric in Answer.__slots__ else answer.flags.get(metric)
+        if value is not None:
+            found[prompt_id(answer.prompt.prompt)] = float(value)
+    return found
+
+
+def _demonstrators(answers: Sequence[Answer]) -> dict[str, Any]:
+    rated = sorted(answer.true_reward for answer in answers if answer.true_reward is not None)
+    if not rated:
+        return {}
+    best = rated[-max(1, len(rated) // 10) :]
+    return {"true_reward": {**(plain(mean_interval(rated)) or {}), "best_tenth": statistics.fmean(best)}}
+
+
+def plain(interval: Interval | None) -> dict[str, Any] | None:
+    """As JSON."""
+    return None if interval is None else interval.to_dict()
+
+
+def write_summary(run: RunDir, recipe: Recipe, done: Mapping[str, Mapping[str, Any]]) -> None:
+    """Gather what every stage said."""
+    evaluation = next((done[name] for name, stage in recipe.stages.items() if isinstance(stage, EvalStage)), {})
+    reward = next((done[name] for name, stage in recipe.stages.items() if stage.stage == "reward"), {})
+    checks = [
+        {
+            "name": f"both-ways check, {name}",
+            "verdict": "passed",
+            "value": figures["both_ways_gap"],
+            "rule": "packed log-probs equal those of the untouched model, nats",
+        }
+        for name, figures in done.items()
+        if "both_ways_gap" in figures
+    ]
+    parameters = next((figures["parameters"] for figures in done.values() if "parameters" in figures), None)
+    summary = {
+        "name": recipe.name,
+        "world": recipe.world,
+        "seed": recipe.seed,
+        "versions": versions(),
+        "model": {"name": _base(recipe), "parameters": parameters},
+        "timings": {name: figures["seconds"] for name, figures in done.items()},
+        "models": evaluation.get("models", {}),
+        "by_kind": evaluation.get("by_kind", {}),
+        "reward_model": {key: reward[key] for key in ("accuracy", "accuracy_on_labels") if key in reward},
+        "demonstrators": evaluation.get("demonstrators", {}),
+        "checks": checks,
+        "claims": evaluation.get("claims", []),
+        "not_measured": list(NOT_MEASURED),
+        "stages": {name: _short(figures) for name, figures in done.items()},
+    }
+    write_json(run.path / "summary.json", summary)
+
+
+def _base(recipe: Recipe) -> str:
+    return next((stage.model for stage in recipe.stages.values() if hasattr(stage, "model")), "")
+
+
+def _short(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in figures.items() if key not in ("models", "by_kind", "claims", "demonstrators")}
