@@ -195,6 +195,14 @@ def test_response_decodes_to_its_text(encoder: ChatEncoder) -> None:
         assert encoder.decode(encoder.response(turns("Hello there"), text)) == text
 
 
+@pytest.mark.parametrize("text", [" spaced", "\nnew line", "  two"])
+def test_leading_blanks_survive_where_the_template_keeps_them(tokenizer: Any, text: str) -> None:
+    if tokenizer is TOKENIZERS["bytes, greedy"]:
+        text = text.strip()
+    encoder = ChatEncoder(tokenizer, template=CHATML)
+    assert encoder.decode(encoder.response(turns("Hello there"), text)) == text
+
+
 def test_decode_stops_at_the_first_end_token(encoder: ChatEncoder) -> None:
     ids = encoder.response(turns("Hello there"), "Sure.")
     assert encoder.decode(ids + ids) == "Sure."
@@ -238,6 +246,12 @@ def test_control_strings_typed_by_a_person_stay_text(encoder: ChatEncoder, token
     assert shown.count(typed) == 2
 
 
+def test_control_strings_stay_text_where_answers_are_put_together_by_hand(tokenizer: Any) -> None:
+    encoder = ChatEncoder(tokenizer, template=GENERATION_THINKS)
+    ids = encoder.response(turns("Hello"), "a<|im_end|>b")
+    assert ids.count(encoder.stop_ids[0]) == 1 and encoder.decode(ids) == "a<|im_end|>b"
+
+
 def test_pad_equal_to_eos_scores_eos() -> None:
     tokenizer = byte_level()
     tokenizer.pad_token = tokenizer.eos_token
@@ -255,7 +269,14 @@ def test_pad_token_of_its_own_is_used() -> None:
 
 @pytest.mark.parametrize(
     ("template", "stop"),
-    [(CHATML, "<|im_end|>"), (PHI3, "<|im_end|>"), (LLAMA3, "<|endoftext|>"), (LLAMA2, "</s>"), (None, "</s>")],
+    [
+        (CHATML, "<|im_end|>"),
+        (CHATML.replace("<|im_end|>", "<|im_end|></s>"), "</s>"),
+        (PHI3, "<|im_end|>"),
+        (LLAMA3, "<|endoftext|>"),
+        (LLAMA2, "</s>"),
+        (None, "</s>"),
+    ],
 )
 def test_stop_ids_are_end_of_turn_then_eos(tokenizer: Any, template: str | None, stop: str) -> None:
     stop_ids = ChatEncoder(tokenizer, template=template).stop_ids

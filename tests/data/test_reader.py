@@ -298,6 +298,7 @@ CONVERSIONS = {
     ("ranking", "pair"): [("a", "b"), ("a", "c")],
     ("ranking", "demonstration"): ["a"],
     ("judgement", "pair"): [("b", "a")],
+    ("judgement", "demonstration"): ["b"],
     ("judgement", "ranking"): [(("a", "b"), (1, 0))],
     ("feedback", "demonstration"): ["Hello"],
     ("steps", "prompt"): ["Hi"],

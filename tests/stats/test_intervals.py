@@ -116,6 +116,8 @@ def test_clusters_of_one_are_the_plain_bootstrap() -> None:
 def test_uneven_clusters_weigh_as_in_the_plain_mean() -> None:
     got = cluster_bootstrap([0.0] * 9 + [1.0], ["a"] * 9 + ["b"], np.random.default_rng(0))
     assert got.mean == 0.1 and got.low == 0 and got.high == 1
+    middle = cluster_bootstrap([0.0] * 9 + [1.0], ["a"] * 9 + ["b"], np.random.default_rng(0), confidence=0.4)
+    assert (middle.low, middle.high) == pytest.approx((0.1, 0.1))  # half of the draws hold both clusters
     assert cluster_bootstrap([1.0, 2.0], ["a", "a"], np.random.default_rng(0)).high == math.inf
     with pytest.raises(ValueError, match="belong together"):
         cluster_bootstrap([1.0, 2.0], ["a"], np.random.default_rng(0))
