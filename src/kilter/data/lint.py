@@ -218,7 +218,7 @@ def _identical(records: Sequence[Record]) -> Iterator[Finding]:
     verdicts = [verdict for verdict in comparisons(records) if not verdict.tie]
     same = {verdict.row for verdict in verdicts if verdict.better == verdict.worse}
     near = {verdict.row for verdict in verdicts if plain(verdict.better) == plain(verdict.worse)} - same
-    message = "{} records prefer a response to itself; drop them (`kilter data filter --rule identical`)"
+    message = "{} records prefer a response to itself; drop them (`kilter data filter --rules identical`)"
     yield from _finding("identical", "error", same, message, len(records))
     message = "{} records compare responses that differ in case or blanks only; look at them"
     yield from _finding("nearly-identical", "warning", near, message, len(records))
@@ -227,7 +227,7 @@ def _identical(records: Sequence[Record]) -> Iterator[Finding]:
 def _duplicates(records: Sequence[Record]) -> Iterator[Finding]:
     first: dict[str, int] = {}
     rows = [row for row, record in enumerate(records) if first.setdefault(record.id, row) != row]
-    message = "{} records are copies of an earlier one; drop them (`kilter data filter --rule duplicates`)"
+    message = "{} records are copies of an earlier one; drop them (`kilter data filter --rules duplicates`)"
     yield from _finding("duplicates", "warning", rows, message, len(records))
 
 
@@ -235,7 +235,7 @@ def _contradictions(verdicts: Sequence[Comparison]) -> Iterator[Finding]:
     opposed = [verdict for verdict in contradictory(verdicts) if verdict.better != verdict.worse]
     total = len({verdict.row for verdict in verdicts})
     unnamed = [verdict.row for verdict in opposed if not verdict.judge]
-    message = "{} records say the opposite of another; drop both (`kilter data filter --rule contradictory`)"
+    message = "{} records say the opposite of another; drop both (`kilter data filter --rules contradictory`)"
     yield from _finding("contradictory", "error", unnamed, message, total)
     named = [verdict.row for verdict in opposed if verdict.judge]
     message = "{} judgements are opposed by another one; that is what annotators do, see label-noise"
@@ -247,7 +247,7 @@ def _cycles(verdicts: Sequence[Comparison]) -> Iterator[Finding]:
     rows = [verdict.row for verdict in verdicts if verdict.prompt in prompts]
     message = (
         f"{{}} records belong to {len(prompts)} prompts whose preferences go round (a over b over c over a); no reward "
-        "can order them (`kilter data filter --rule cycles`)"
+        "can order them (`kilter data filter --rules cycles`)"
     )
     yield from _finding("cycles", "warning", rows, message, len({verdict.row for verdict in verdicts}))
 
@@ -256,7 +256,7 @@ def _leakage(records: Sequence[Record], held_out: Sequence[Record]) -> Iterator[
     known = {prompt_key(record) for record in held_out}
     rows = [row for row, record in enumerate(records) if prompt_key(record) in known]
     message = (
-        "{} records have a prompt of the held-out set, so its figures would be flattered; drop them (--rule leaked)"
+        "{} records have a prompt of the held-out set, so its figures would be flattered; drop them (`--rules leaked`)"
     )
     yield from _finding("leakage", "error", rows, message, len(records))
 
