@@ -143,7 +143,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[Record]]] = {
         {"instruction": "Q", "output_1": "bad", "output_2": "good", "preference": 1.9, "generator_1": "g"},
         [pair("Q")],
     ),
-    "llmfao-joined": (
+    "llmfao": (
         {"id": 1, "text": "Q", "result_x": "a", "result_y": "b", "winner": "right", "worker": "7"}
         | {"model_x": 1, "model_y": 2},
         [Judgement(prompt=said("Q"), responses=("a", "b"), ranks=(1, 0), annotator="7", shown=(0, 1))],
@@ -255,7 +255,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[Record]]] = {
     "prompts-goal": ({"goal": "Q", "target": "Sure"}, [Prompt(prompt=said("Q"))]),
     "prompts-prompt": ({"prompt": HUMAN, "category": "c"}, [Prompt(prompt=said("Hi", "Yes?", "Why?"), kind="c")]),
 }
-ELSEWHERE = {"judge-agreement", "llmfao", "tulu-eval-pairs"}
+ELSEWHERE = {"judge-agreement", "tulu-eval-pairs"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -267,6 +267,19 @@ def test_layout(tmp_path: Path, name: str) -> None:
     assert result.format == name
     assert [record.to_dict() for record in result.records] == [r.to_dict() | {"source": path.name} for r in expected]
     assert read(path, format=name).records == result.records
+
+
+def test_answers_are_taken_from_a_file_beside(tmp_path: Path) -> None:
+    verdicts = tmp_path / "verdicts.csv"
+    verdicts.write_text("id,model_x,model_y,worker,winner\n1,3,4,w,left\n2,3,4,w,tie\n")
+    pairs = tmp_path / "pairs-crowd.jsonl"
+    pairs.write_text(
+        json.dumps({"id": 1, "text": "Q", "type": "t", "slug": "s", "result_x": "a", "result_y": "b"}) + "\n"
+    )
+    result = read(verdicts, skip_bad=True)
+    expected = Judgement(prompt=said("Q"), responses=("a", "b"), ranks=(0, 1), annotator="w", shown=(0, 1))
+    assert [record.to_dict() for record in result.records] == [expected.to_dict() | {"source": "verdicts.csv"}]
+    assert [skip.line for skip in result.skipped] == [3] and list(result.lines) == [2]
 
 
 def test_every_layout_has_an_example_and_a_description() -> None:

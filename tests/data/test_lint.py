@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,16 @@ def test_contradictions_make_no_cycle_and_a_chain_is_none() -> None:
     assert named(check(elsewhere), "cycles") is None
     longer: list[Record] = [pair("Q", *two) for two in ("ab", "bc", "cd", "de", "eb", "ef")]
     assert named(check(longer), "cycles") is not None
+
+
+def test_what_several_people_say_together_is_no_cycle() -> None:
+    verdicts: list[Record] = [
+        Judgement(prompt=ask("Q"), responses=two, ranks=(0, 1), annotator=who)
+        for who, two in zip("xyz", (("a", "b"), ("b", "c"), ("c", "a")), strict=True)
+    ]
+    assert named(check(verdicts), "cycles") is None
+    alone: list[Record] = [replace(verdict, annotator="x") for verdict in verdicts]  # type: ignore[type-var]
+    assert named(check(alone), "cycles") is not None
 
 
 def test_rankings_are_compared_pair_by_pair() -> None:

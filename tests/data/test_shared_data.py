@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kilter.data import read
+from kilter.data.lint import comparisons, label_noise
 from kilter.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -20,6 +21,9 @@ FILES: dict[str, tuple[str, int]] = {
     "hh_rlhf/harmless-base.test.jsonl.gz": ("hh", 9),
     "hh_rlhf/helpful-base.test.jsonl.gz": ("hh", 13),
     "hh_rlhf/helpful-rejection-sampled.test.jsonl.gz": ("hh", 3),
+    "llmfao/crowd-comparisons.csv": ("llmfao", 1208),
+    "llmfao/gpt3-crowd-comparisons.csv": ("llmfao", 289),
+    "llmfao/gpt4-crowd-comparisons.csv": ("llmfao", 289),
     "llmfao/pairs-crowd.jsonl.gz": ("llmfao-pairs", 0),
     "llmfao/prompts.jsonl": ("llmfao-prompts", 0),
     "tulu1_human_eval/eval_instances.jsonl.gz": ("completions", 0),
@@ -100,9 +104,6 @@ FILES: dict[str, tuple[str, int]] = {
 }
 # Verdicts whose answers stand in another file: no row can be read, and the error says how many and why.
 VERDICTS_ONLY = {
-    "llmfao/crowd-comparisons.csv": 8931,
-    "llmfao/gpt3-crowd-comparisons.csv": 2139,
-    "llmfao/gpt4-crowd-comparisons.csv": 2139,
     "alpaca_eval/annotations_gpt4_vs_davinci003.jsonl.gz": 11264,
     "alpaca_eval/judge_agreement.jsonl.gz": 6439,
 }
@@ -144,5 +145,10 @@ def test_known_counts() -> None:
     assert {(r.prompt, r.responses) for r in trees} == {(r.prompt, r.responses) for r in flat}  # type: ignore[attr-defined]
     autoj = read(SHARED / "autoj_pairwise/testdata_pairwise.jsonl.gz", skip_bad=True).records
     assert sum(pair.tie for pair in autoj) == 373  # type: ignore[attr-defined]
+    crowd = read(SHARED / "llmfao/crowd-comparisons.csv", skip_bad=True).records
+    assert len({verdict.annotator for verdict in crowd}) == 124  # type: ignore[attr-defined]
+    assert sum(verdict.ranks == (0, 0) for verdict in crowd) == 2794  # type: ignore[attr-defined]
+    noise = label_noise(comparisons(crowd))
+    assert noise is not None and 0.2 < noise.rate.mean < 0.25
     pairs = read(SHARED / "rm_bench/chat.jsonl.gz", record="pair").records
     assert len(pairs) == 129 * 9

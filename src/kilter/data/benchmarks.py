@@ -75,24 +75,22 @@ def judge_agreement(row: Row) -> Iterable[Record]:
     raise BadRow("preferences", f"{_models(row)}; it holds no answers, join them on 'instruction' first")
 
 
-@layout("llmfao", "judgement", "id", "model_x", "model_y", "winner", fits=lambda row: "result_x" not in row)
+@layout("llmfao", "judgement", "id", "model_x", "model_y", "winner", beside=("pairs-crowd.jsonl*", "id"))
 def llmfao(row: Row) -> Iterable[Record]:
-    """LLMFAO verdicts; they carry no answers."""
-    raise BadRow("winner", f"{_models(row)}; it holds no answers, join them with the pairs file on 'id' first")
+    """LLMFAO verdicts: winner left, right or tie; the answers come from the file of pairs beside."""
+    if "result_x" not in row:
+        raise BadRow(
+            "winner", f"{_models(row)}; it holds no answers, put the file pairs-crowd.jsonl of that data set beside"
+        )
+    responses = (text(row, "result_x", PAIR_RULE), text(row, "result_y", PAIR_RULE))
+    ranks = pick(row, "winner", {"left": (0, 1), "right": (1, 0), "tie": (0, 0)})
+    asked, annotator = ask(text(row, "text")), optional(row, "worker")
+    yield Judgement(prompt=asked, responses=responses, ranks=ranks, annotator=annotator, shown=(0, 1))
 
 
 def _models(row: Row) -> str:
     names = [str(row[field]) for field in ("generator_1", "generator_2", "left", "right") if row.get(field)]
     return f"the row is a verdict on {' and '.join(names)}"
-
-
-@layout("llmfao-joined", "judgement", "text", "result_x", "result_y", "winner")
-def llmfao_joined(row: Row) -> Iterable[Record]:
-    """LLMFAO verdicts with answers: text, result_x, result_y, winner left, right or tie."""
-    responses = (text(row, "result_x", PAIR_RULE), text(row, "result_y", PAIR_RULE))
-    ranks = pick(row, "winner", {"left": (0, 1), "right": (1, 0), "tie": (0, 0)})
-    annotator = optional(row, "worker")
-    yield Judgement(prompt=ask(text(row, "text")), responses=responses, ranks=ranks, annotator=annotator, shown=(0, 1))
 
 
 @layout("llmfao-pairs", "prompt", "text", "result_x", "result_y", fits=lambda row: "winner" not in row)

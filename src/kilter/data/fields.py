@@ -63,20 +63,27 @@ class Layout(NamedTuple):
     convert: Callable[[Row], Iterable[Record]]
     shows: str
     """One line for the user: where this layout is found."""
+    beside: tuple[str, str] | None = None
+    """A file beside with more fields of the same rows: the pattern of its name, and the field that joins them."""
 
 
 LAYOUTS: dict[str, Layout] = {}
 
 
 def layout(
-    name: str, record: str, *has: str, fits: Callable[[Row], bool] = lambda _: True
+    name: str,
+    record: str,
+    *has: str,
+    fits: Callable[[Row], bool] = lambda _: True,
+    beside: tuple[str, str] | None = None,
 ) -> Callable[[Callable[[Row], Iterable[Record]]], Callable[[Row], Iterable[Record]]]:
     """Register a function as the layout `name`. Its docstring's first line is what users read about it."""
 
     def register(convert: Callable[[Row], Iterable[Record]]) -> Callable[[Row], Iterable[Record]]:
         if name in LAYOUTS:
             raise ValueError(f"layout {name!r} is registered twice")
-        LAYOUTS[name] = Layout(name, record, has, fits, convert, (convert.__doc__ or "").strip().split("\n")[0])
+        shows = (convert.__doc__ or "").strip().split("\n")[0]
+        LAYOUTS[name] = Layout(name, record, has, fits, convert, shows, beside)
         return convert
 
     return register

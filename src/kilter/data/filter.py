@@ -113,8 +113,8 @@ def opposed(asked: Asked) -> Callable[[int, Record], bool]:
 @rule("cycles")
 def cycles(asked: Asked) -> Callable[[int, Record], bool]:
     """Comparisons of prompts whose preferences go round."""
-    prompts = cyclic(comparisons(asked.records))
-    return lambda _, record: prompt_of(record) not in prompts
+    rows = {verdict.row for verdict in cyclic(list(comparisons(asked.records)))}
+    return lambda place, _: place not in rows
 
 
 @rule("ties")

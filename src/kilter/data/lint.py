@@ -127,15 +127,21 @@ def contradictory(verdicts: Iterable[Comparison]) -> list[Comparison]:
     return [verdict for verdict in strict if (verdict.prompt, verdict.worse, verdict.better) in known]
 
 
-def cyclic(verdicts: Iterable[Comparison]) -> set[Conversation]:
-    """Prompts whose verdicts go round: a over b, b over c, c over a. Plain contradictions are left out."""
-    strict = [verdict for verdict in verdicts if not verdict.tie and verdict.better != verdict.worse]
-    opposed = {(verdict.prompt, verdict.better, verdict.worse) for verdict in contradictory(strict)}
-    below: dict[Conversation, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for verdict in strict:
-        if verdict[1:4] not in opposed:
-            below[verdict.prompt][verdict.better].add(verdict.worse)
-    return {prompt for prompt, graph in below.items() if _goes_round(graph)}
+def cyclic(verdicts: Sequence[Comparison]) -> list[Comparison]:
+    """Verdicts on prompts about which one annotator's verdicts go round: a over b, b over c, c over a.
+
+    Plain contradictions are left out, and so is what several people together may well say.
+    """
+    below: dict[tuple[Conversation, str], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for verdict in verdicts:
+        if not verdict.tie and verdict.better != verdict.worse:
+            below[verdict.prompt, verdict.judge][verdict.better].add(verdict.worse)
+    found = set()
+    for key, graph in below.items():
+        strict = {one: {other for other in worse if one not in graph.get(other, ())} for one, worse in graph.items()}
+        if _goes_round(strict):
+            found.add(key)
+    return [verdict for verdict in verdicts if (verdict.prompt, verdict.judge) in found]
 
 
 def label_noise(verdicts: Iterable[Comparison]) -> Noise | None:
@@ -243,13 +249,14 @@ def _contradictions(verdicts: Sequence[Comparison]) -> Iterator[Finding]:
 
 
 def _cycles(verdicts: Sequence[Comparison]) -> Iterator[Finding]:
-    prompts = cyclic(verdicts)
-    rows = [verdict.row for verdict in verdicts if verdict.prompt in prompts]
+    found = cyclic(verdicts)
+    prompts = len({verdict.prompt for verdict in found})
     message = (
-        f"{{}} records belong to {len(prompts)} prompts whose preferences go round (a over b over c over a); no reward "
-        "can order them (`kilter data filter --rules cycles`)"
+        f"{{}} records belong to {prompts} prompts whose preferences go round (a over b over c over a); no reward can "
+        "order them (`kilter data filter --rules cycles`)"
     )
-    yield from _finding("cycles", "warning", rows, message, len({verdict.row for verdict in verdicts}))
+    total = len({verdict.row for verdict in verdicts})
+    yield from _finding("cycles", "warning", [verdict.row for verdict in found], message, total)
 
 
 def _leakage(records: Sequence[Record], held_out: Sequence[Record]) -> Iterator[Finding]:

@@ -48,6 +48,8 @@ class ReadResult:
     format: str
     rows: int = 0
     skipped_path: Path | None = None
+    lines: Sequence[int] = ()
+    """The line of the file that each record came from."""
 
 
 def reasons(skipped: Iterable[Skipped]) -> Counter[str]:
@@ -91,30 +93,44 @@ def read(
                 f"{place}: its layout {chosen.name!r} holds {chosen.record} records, and no {record} can be made of "
                 "them; give another file or another --format"
             )
-        records: list[Record] = []
-        skipped: list[Skipped] = []
-        aside: list[dict[str, Any]] = []
-        count = 0
+        made = _Made([], [], [], [])
         for row in chain(head, rows):
-            count += 1
-            try:
-                found = _records(row, chosen, record)
-            except BadRow as err:
-                if not skip_bad:
-                    raise DataError(f"{place}:{row.line}: {err.reason} ({REMEDY})") from err
-                skipped.append(Skipped(row.line, err.field, err.reason))
-                if skipped_to is not None:
-                    aside.append({"line": row.line, "field": err.field, "reason": err.reason, "row": row.value})
-                continue
-            records += [replace(item, source=item.source or place.name) for item in found]
-            if limit and len(records) >= limit:
-                del records[limit:]
+            made.take(row, place, chosen, record, skip_bad)
+            if limit and len(made.records) >= limit:
+                del made.records[limit:], made.lines[limit:]
                 break
-    if not records:
-        why = "; ".join(f"{number} rows: {reason}" for reason, number in reasons(skipped).most_common(3))
-        raise DataError(f"{place}: none of its {count} rows could be read ({why})")
-    kept_at = _set_aside(place, aside, Path(skipped_to)) if aside and skipped_to is not None else None
-    return ReadResult(records, skipped, chosen.name, count, kept_at)
+    if not made.records:
+        why = "; ".join(f"{number} rows: {reason}" for reason, number in reasons(made.skipped).most_common(3))
+        raise DataError(f"{place}: none of its {made.count} rows could be read ({why})")
+    kept_at = _set_aside(place, made.aside, Path(skipped_to)) if made.aside and skipped_to is not None else None
+    return ReadResult(made.records, made.skipped, chosen.name, made.count, kept_at, made.lines)
+
+
+@dataclass(slots=True)
+class _Made:
+    """What a file has given so far."""
+
+    records: list[Record]
+    lines: list[int]
+    skipped: list[Skipped]
+    aside: list[dict[str, Any]]
+    count: int = 0
+    beside: Mapping[str, Row] | None = None
+
+    def take(self, row: RawRow, place: Path, layout: Layout, want: str | None, skip_bad: bool) -> None:
+        if self.beside is None:
+            self.beside = _beside(place, layout)
+        self.count += 1
+        try:
+            found = _records(row, layout, want, self.beside)
+        except BadRow as err:
+            if not skip_bad:
+                raise DataError(f"{place}:{row.line}: {err.reason} ({REMEDY})") from err
+            self.skipped.append(Skipped(row.line, err.field, err.reason))
+            self.aside.append({"line": row.line, "field": err.field, "reason": err.reason, "row": row.value})
+            return
+        self.records += [replace(item, source=item.source or place.name) for item in found]
+        self.lines += [row.line] * len(found)
 
 
 def write(path: str | Path, records: Iterable[Record]) -> None:
@@ -192,12 +208,24 @@ def _fits(layout: Layout, row: Row) -> bool:
         return False
 
 
-def _records(row: RawRow, layout: Layout, want: str | None) -> list[Record]:
+def _beside(place: Path, layout: Layout) -> dict[str, Row]:
+    """The rows of the file beside that a layout is joined with, by the joining field; none without such a file."""
+    if layout.beside is None:
+        return {}
+    pattern, key = layout.beside
+    paths = [path for path in sorted(place.parent.glob(pattern)) if path != place]
+    rows = [row.value for path in paths[:1] for row in read_rows(path) if isinstance(row.value, Mapping)]
+    return {str(row[key]): row for row in rows if key in row}
+
+
+def _records(row: RawRow, layout: Layout, want: str | None, more: Mapping[str, Row]) -> list[Record]:
     if row.problem:
         raise BadRow("", row.problem)
     value = _as_mapping(row.value)
     if value is None:
         raise BadRow("", f"the row is {shown(row.value)}; it must be a JSON object")
+    if more and layout.beside:
+        value = {**more.get(str(value.get(layout.beside[1])), {}), **value}
     missing = [field for field in layout.has if field not in value]
     if missing:
         raise BadRow(missing[0], f"{missing[0]!r} is missing; the layout {layout.name!r} has {', '.join(layout.has)}")
