@@ -1,7 +1,8 @@
 """Breaks the losses in small ways, one at a time, and shows which faults no test notices.
 
     python tools/mutate.py                          all of src/kilter/losses and src/kilter/ops.py
-    python tools/mutate.py src/kilter/ops.py        one file
+    python tools/mutate.py src/kilter/ops.py        one file; one elsewhere is judged by its own test file alone,
+                                                    src/kilter/train/loop.py by tests/train/test_loop.py
     python tools/mutate.py --list                   what would be tried
 
 A mutant flips a sign or an operator, drops a clip or a square, swaps two arguments or the branches of a choice, or
@@ -202,7 +203,10 @@ class _Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _tests_for(path: Path) -> list[str]:
-    """All fast tests, those named after the file first, so that most mutants end early."""
+    """All fast tests of losses, those named after the file first so that most mutants end early; elsewhere its own."""
+    own = ROOT / "tests" / path.parent.name / f"test_{path.stem}.py"
+    if path.is_relative_to(SRC) and path.parent.name not in ("kilter", "losses"):
+        return [str(own)]
     files = sorted(file for folder in TESTS for file in folder.glob("test_*.py"))
     return [str(file) for file in sorted(files, key=lambda file: file.stem != f"test_{path.stem}")]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from kilter.losses import PAIR_LOSSES, Range, bind, pair_loss, unusual
+from kilter.losses import PAIR_LOSSES, Range, bind, pair_loss, unpaired_loss, unusual
+
+Weight = Annotated[float, Range(at_least=0.0, usual=(0.0, 1.0))]
 
 
 @pytest.fixture
@@ -56,6 +58,30 @@ def test_names_are_registered_once(registry: dict[str, object]) -> None:
 def test_a_loss_cannot_ask_for_what_nobody_gives(registry: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"'odd' asks for winner; there is chosen, rejected"):
         pair_loss("odd")(lambda winner, rejected: winner - rejected)
+
+
+def test_a_loss_over_single_responses_is_one_function_too(
+    registry: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kilter.losses.registry.UNPAIRED_LOSSES", table := {})
+
+    @unpaired_loss("thumbs")
+    def thumbs(logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Tensor, *, beta: Weight = 0.5) -> Tensor:
+        return desirable * (1 - torch.sigmoid(beta * (logps - ref_logps - kl)))
+
+    assert table["thumbs"].inputs == ("logps", "ref_logps", "desirable", "kl")
+    assert table["thumbs"].needs_reference
+    assert bind("thumbs", {"beta": 2.0})(*torch.tensor([[-1.0], [-1.0], [1.0], [0.0]])).item() == 0.5
+    assert unusual("thumbs", {"beta": 2.0}) == ["loss.beta is 2; usual for 'thumbs' is 0 to 1"]
+    for wrong, message in (({"beta": -1.0}, "loss.beta is -1.0"), ({"gamma": 1.0}, "it takes beta")):
+        with pytest.raises(ValueError, match=message):
+            bind("thumbs", wrong)
+    with pytest.raises(ValueError, match="'thumbs' is registered twice"):
+        pair_loss("thumbs")(lambda chosen: chosen)
+    with pytest.raises(ValueError, match="'dpo' is registered twice"):
+        unpaired_loss("dpo")(lambda logps: logps)
+    with pytest.raises(ValueError, match="asks for chosen; there is logps"):
+        unpaired_loss("odd")(lambda chosen: chosen)
 
 
 def test_what_is_wrong_is_named() -> None:

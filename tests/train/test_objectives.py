@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from kilter.errors import CheckError, ConfigError
-from kilter.losses import PAIR_LOSSES, pair_loss
+from kilter.losses import PAIR_LOSSES, UNPAIRED_LOSSES, pair_loss, unpaired_loss
 from kilter.train import objectives
 from kilter.train.loop import measure
 from kilter.train.objectives import LossOutput, Objective
-from kilter.train.sources import with_reference
+from kilter.train.sources import with_mismatched, with_reference
 from kilter.tree import Batch, Group, Response, TokenTree, make_batch, make_batches
 
 
@@ -110,7 +111,6 @@ def test_a_ranking_gives_all_its_pairs() -> None:
 
 
 def test_a_length_normalised_loss_without_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kilter.losses.registry.PAIR_LOSSES", PAIR_LOSSES)
     monkeypatch.setitem(PAIR_LOSSES, "gap", None)  # type: ignore[arg-type]
     del PAIR_LOSSES["gap"]
 
@@ -224,6 +224,72 @@ def test_constant_returns_have_no_explained_variance() -> None:
         {"values/error": 0.5, "values/error_square": 0.25, "returns/mean": 2.0, "returns/square": 4.0}
     )
     assert "values/explained_variance" not in figure
+
+
+@pytest.fixture
+def thumbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss over single responses with a baseline, as KTO is one, registered for one test."""
+    monkeypatch.setitem(UNPAIRED_LOSSES, "thumbs", None)  # type: ignore[arg-type]
+    del UNPAIRED_LOSSES["thumbs"]
+
+    @unpaired_loss("thumbs")
+    def thumbs(logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Tensor, *, beta: float = 0.5) -> Tensor:
+        return (1 - 2 * desirable) * torch.sigmoid(beta * (logps - ref_logps - kl))
+
+
+def thumbs_batch(mismatched: Sequence[float] = (0, 1, 0, 1)) -> Batch:
+    columns = {"desirable": [1.0, 1.0, 0.0, 0.0], "mismatched": mismatched, "ref_logprobs": PAIR_REFERENCE}
+    return batch_of([[2, 1], [1, 3]], [[0, 0], [0, 0]], **columns)
+
+
+def test_single_responses_by_hand(thumbs: None) -> None:
+    """Log-ratios 1, 0.5, -1, -2; the second and the fourth are mismatched, the first is desired, the third is not."""
+    objective = objectives.unpaired("thumbs", {"beta": 2.0})
+    trunk = Scripted(policy=PAIR_LOGPROBS)
+    for ratios, kl in (([0.5, -2.0], 0.0), ([0.5, 2.0], 1.25)):
+        logprobs = [*PAIR_LOGPROBS[:4], *(torch.tensor(PAIR_REFERENCE[4:]) + ratios[1] / 3).tolist()]
+        trunk = Scripted(policy=logprobs)
+        (batch,) = objective.prepare(trunk, [thumbs_batch()])
+        assert batch.extras["kl"].item() == pytest.approx(kl)
+        out = objective(trunk, batch)
+        expected = -1 / (1 + math.exp(-2 * (1 - kl))) + 1 / (1 + math.exp(-2 * (-1 - kl)))
+        assert out.terms["thumbs"][0].item() == pytest.approx(expected, abs=1e-6)
+        assert out.terms["thumbs"][1] == "prompts"
+        assert figures(out) == pytest.approx(
+            {"rewards/desirable": 2.0, "rewards/undesirable": -2.0, "kl/mismatched": kl}, abs=1e-6
+        )
+        out.terms["thumbs"][0].backward()
+        grad = trunk.answers["policy"].grad
+        assert grad is not None
+        assert grad[2] == 0 and (grad[4:] == 0).all() and (grad[:2] != 0).all() and grad[3] != 0
+
+
+def test_the_baseline_is_one_for_the_whole_step(thumbs: None, make: Any) -> None:
+    groups = [
+        Group(group.prompt, (Response(group.responses[0].ids, per_response={"desirable": float(place % 2)}),))
+        for place, group in enumerate(make.groups(12))
+    ]
+    trunk = make.trunk().double()
+    groups = with_reference(trunk, with_mismatched(groups))
+    objective = objectives.unpaired("thumbs")
+    found = []
+    for tokens in (10_000, 24):
+        batches = objective.prepare(trunk, make_batches(groups, row_tokens=tokens, batch_tokens=tokens))
+        assert len({batch.extras["kl"].item() for batch in batches}) == 1
+        found.append((batches[0].extras["kl"].item(), gradient(trunk, objective, batches)))
+    (kl, one), (same_kl, other) = found
+    assert kl > 0.01 and kl == pytest.approx(same_kl)
+    assert (one - other).norm() <= 1e-6 * one.norm()
+
+
+def test_a_pair_loss_is_no_loss_over_single_responses(thumbs: None) -> None:
+    with pytest.raises(ConfigError, match="'dpo', which needs other data; choose one of thumbs"):
+        objectives.unpaired("dpo")
+    with pytest.raises(ConfigError, match="'thumbs', which needs other data; choose one of dpo"):
+        objectives.pair("thumbs")
+    objective, batch = objectives.unpaired("thumbs"), replace(thumbs_batch(), ref_logprobs=None)
+    with pytest.raises(CheckError, match="no ref_logprobs, which 'thumbs' needs"):
+        objective.prepare(Scripted(policy=PAIR_LOGPROBS), [batch])
 
 
 # Batching is not a hyper-parameter --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from kilter.records import (
     Record,
     UnpairedFeedback,
 )
-from kilter.train.sources import GroupSource, groups_of, with_reference
+from kilter.train.sources import GroupSource, groups_of, with_mismatched, with_reference
 from kilter.tree import Batch, Group, Response, make_batch, scored
 
 BOS, END, USER, ANSWER = 1, 2, 3, 4
@@ -235,3 +235,22 @@ def test_the_reference_is_data_for_the_very_tokens(make: Any) -> None:
     assert (policy - expected).abs().max() > 0.1
     again = with_reference(trunk, groups, row_tokens=30, batch_tokens=60)
     assert torch.equal(make_batch([again]).ref_logprobs, whole.ref_logprobs)  # type: ignore[arg-type]
+
+
+def test_every_response_gets_a_sibling_from_another_prompt() -> None:
+    groups = [
+        Group((1, 5 + place // 2), (Response((10 + place, 2), per_response={"desirable": float(place % 2)}),))
+        for place in range(8)
+    ]
+    found = with_mismatched(groups, seed=3)
+    belongs = {group.responses[0].ids: group.prompt for group in groups}
+    for before, after in zip(groups, found, strict=True):
+        own, borrowed = after.responses
+        assert (after.prompt, own.ids) == (before.prompt, before.responses[0].ids)
+        assert belongs[borrowed.ids] != after.prompt
+        assert dict(own.per_response) == {**before.responses[0].per_response, "mismatched": 0.0}
+        assert dict(borrowed.per_response) == {**before.responses[0].per_response, "mismatched": 1.0}
+    assert len({group.responses[1].ids for group in found}) > 4
+    assert with_mismatched(groups, seed=3) == found != with_mismatched(groups, seed=4)
+    with pytest.raises(DataError, match="every prompt is the same"):
+        with_mismatched(groups[:2])

@@ -1,8 +1,8 @@
-"""The table of pair losses. A function's signature is its schema: what it takes, its options, defaults and ranges.
+"""The tables of preference losses. A function's signature is its schema: what it takes, its options and their ranges.
 
-The positional parameters name the quantities a loss asks for (`PAIR_INPUTS`); the keyword-only ones are its options,
-with their valid and usual ranges as `Annotated[float, Range(...)]`. `bind` joins options and loss with a dry call, so
-that a mistake shows before any model loads.
+The positional parameters name the quantities a loss asks for (`PAIR_INPUTS`, `UNPAIRED_INPUTS`); the keyword-only ones
+are its options, with their valid and usual ranges as `Annotated[float, Range(...)]`. `bind` joins options and loss with
+a dry call, so that a mistake shows before any model loads.
 """
 
 from __future__ import annotations
@@ -27,6 +27,15 @@ PAIR_INPUTS: dict[str, str] = {
 }
 """What a pair loss can ask for by naming a positional parameter. Log-probs are sums over a response's scored tokens, or
 their means where the loss is registered as `length_normalized`."""
+
+UNPAIRED_INPUTS: dict[str, str] = {
+    "logps": "float[R], log-prob of each response under the policy, nats",
+    "ref_logps": "float[R], the same under the reference, without gradient",
+    "desirable": "float[R], 1 for a thumb up, 0 for a thumb down",
+    "tokens": "float[R], scored tokens of each response",
+    "kl": "float[], mean log-ratio of mismatched responses over the whole step, at least 0, without gradient",
+}
+"""What a loss over single responses can ask for."""
 
 
 class Range(NamedTuple):
@@ -53,7 +62,7 @@ class Range(NamedTuple):
         return " and ".join(parts) or "any finite number"
 
 
-class PairLoss(NamedTuple):
+class PreferenceLoss(NamedTuple):
     """A registered loss and what its signature says."""
 
     fn: Callable[..., Tensor]
@@ -70,24 +79,35 @@ class PairLoss(NamedTuple):
         return any(name.startswith("ref_") for name in self.inputs)
 
 
-PAIR_LOSSES: dict[str, PairLoss] = {}
+PAIR_LOSSES: dict[str, PreferenceLoss] = {}
+"""Losses over a chosen and a rejected response."""
+UNPAIRED_LOSSES: dict[str, PreferenceLoss] = {}
+"""Losses over single responses with a thumb up or down."""
 
 
 def pair_loss(name: str, *, length_normalized: bool = False) -> Callable[[LossFn], LossFn]:
     """Register a pair loss under `name`. Raises ValueError for a name taken, or a parameter nobody can fill."""
+    return _register(PAIR_LOSSES, PAIR_INPUTS, name, length_normalized)
 
+
+def unpaired_loss(name: str, *, length_normalized: bool = False) -> Callable[[LossFn], LossFn]:
+    """Register a loss over single responses under `name`, as `pair_loss` does."""
+    return _register(UNPAIRED_LOSSES, UNPAIRED_INPUTS, name, length_normalized)
+
+
+def _register(
+    table: dict[str, PreferenceLoss], known: Mapping[str, str], name: str, length_normalized: bool
+) -> Callable[[LossFn], LossFn]:
     def register(fn: LossFn) -> LossFn:
-        if name in PAIR_LOSSES:
-            raise ValueError(f"pair loss {name!r} is registered twice")
+        if name in PAIR_LOSSES or name in UNPAIRED_LOSSES:
+            raise ValueError(f"loss {name!r} is registered twice")
         parameters = inspect.signature(fn).parameters.values()
         options = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
         inputs = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
-        if unknown := set(inputs) - set(PAIR_INPUTS):
-            raise ValueError(
-                f"pair loss {name!r} asks for {', '.join(sorted(unknown))}; there is {', '.join(PAIR_INPUTS)}"
-            )
+        if unknown := set(inputs) - set(known):
+            raise ValueError(f"loss {name!r} asks for {', '.join(sorted(unknown))}; there is {', '.join(known)}")
         hints = get_type_hints(fn, include_extras=True)
-        PAIR_LOSSES[name] = PairLoss(
+        table[name] = PreferenceLoss(
             fn,
             inputs,
             length_normalized,
@@ -106,15 +126,16 @@ def _range_of(hint: Any) -> Range | tuple[str, ...]:
 
 
 def bind(name: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """The loss `name` with its options filled in, as a function of its inputs, in the order of `PairLoss.inputs`.
+    """The loss `name` with its options filled in, as a function of its inputs, in the order of `PreferenceLoss.inputs`.
 
     Raises:
         ValueError: no such loss, no such option, or a value outside the option's range. Callers that read options from
             a user turn it into a ConfigError.
     """
-    if name not in PAIR_LOSSES:
-        raise ValueError(f"loss.name is {name!r}; choose one of {', '.join(sorted(PAIR_LOSSES))}")
-    loss = PAIR_LOSSES[name]
+    table = PAIR_LOSSES | UNPAIRED_LOSSES
+    if name not in table:
+        raise ValueError(f"loss.name is {name!r}; choose one of {', '.join(sorted(table))}")
+    loss = table[name]
     for key, value in options.items():
         if key not in loss.ranges:
             raise ValueError(f"loss.{key}: {name!r} has no such option; it takes {', '.join(loss.ranges) or 'none'}")
@@ -134,7 +155,7 @@ def bind(name: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
 
 def unusual(name: str, options: Mapping[str, Any]) -> list[str]:
     """One sentence for each option that is valid but outside the range people use."""
-    ranges = PAIR_LOSSES[name].ranges
+    ranges = (PAIR_LOSSES | UNPAIRED_LOSSES)[name].ranges
     return [
         f"loss.{key} is {value:g}; usual for {name!r} is {allowed.usual[0]:g} to {allowed.usual[1]:g}"
         for key, value in options.items()

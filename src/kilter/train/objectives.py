@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kilter.errors import CheckError, ConfigError
-from kilter.losses import PAIR_LOSSES, bind, bradley_terry, centring, nll, ppo_clip, value_clip
+from kilter.losses import (
+    PAIR_LOSSES,
+    UNPAIRED_LOSSES,
+    PreferenceLoss,
+    bind,
+    bradley_terry,
+    centring,
+    nll,
+    ppo_clip,
+    value_clip,
+)
 from kilter.ops import clamp_log_ratio, kl_k3, pairs_in_groups, sum_by
+from kilter.train import distributed
 from kilter.tree import Batch
 
 
@@ -191,13 +202,7 @@ class Pair:
         logprobs = trunk(tree, {self.role: "logprobs"})[self.role]  # float[N]
         tokens = sum_by(torch.ones_like(logprobs), tree.leaf, num_responses)  # float[R]
         logps = sum_by(logprobs, tree.leaf, num_responses)  # float[R]
-        ref_logps = torch.zeros_like(logps)
-        if batch.ref_logprobs is not None:
-            ref_logps = sum_by(batch.ref_logprobs, tree.leaf, num_responses)
-        elif loss.needs_reference and num_responses:
-            raise CheckError(
-                f"batch: no ref_logprobs, which {self.name!r} needs; give the groups to `sources.with_reference` first"
-            )
+        ref_logps = _ref_logps(batch, loss.needs_reference, self.name)
         divisor = tokens if loss.length_normalized else torch.ones_like(tokens)
         inputs = {
             "chosen": (logps / divisor)[better],
@@ -224,11 +229,33 @@ def pair(name: str = "dpo", options: Mapping[str, Any] | None = None, *, role: s
     Raises:
         ConfigError: no such loss, no such option, or a value out of its range.
     """
+    return Pair(*_bound(PAIR_LOSSES, name, options), role)
+
+
+def _bound(
+    table: Mapping[str, PreferenceLoss], name: str, options: Mapping[str, Any] | None
+) -> tuple[str, dict[str, Any]]:
+    """Name and options after a dry call; a mistake of the user's becomes a ConfigError."""
+    options = dict(options or {})
     try:
-        bind(name, options or {})
+        bind(name, options)
     except ValueError as err:
         raise ConfigError(str(err)) from err
-    return Pair(name, dict(options or {}), role)
+    if name not in table:
+        raise ConfigError(f"loss.name is {name!r}, which needs other data; choose one of {', '.join(sorted(table))}")
+    return name, options
+
+
+def _ref_logps(batch: Batch, needed: bool, name: str) -> Tensor:
+    """float[R], the reference's log-prob of each response; zeros where no loss needs it and none was filled."""
+    num_responses = len(batch.tree.last)
+    if batch.ref_logprobs is not None:
+        return sum_by(batch.ref_logprobs, batch.tree.leaf, num_responses)
+    if needed and num_responses:
+        raise CheckError(
+            f"batch: no ref_logprobs, which {name!r} needs; give the groups to `sources.with_reference` first"
+        )
+    return torch.zeros(num_responses, device=batch.tree.leaf.device)
 
 
 def _preferences(group: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -250,6 +277,77 @@ def _preferences(group: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor, T
         torch.cat([share, share[tied]]),
         (~tied).float(),
     )
+
+
+# Single responses ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """A registered loss over single responses with a thumb up or down, per prompt.
+
+    Where the loss asks for `kl`, groups carry a second response that belongs to another prompt, marked `mismatched`: it
+    only measures how far the policy is from the reference, gets no gradient and is no unit (`sources.with_mismatched`).
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    role: str = "policy"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (self.role,)
+
+    @property
+    def needs_reference(self) -> bool:
+        return UNPAIRED_LOSSES[self.name].needs_reference
+
+    @torch.no_grad()
+    def prepare(self, trunk: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Fills `extras["kl"]`: the mean log-ratio of the mismatched responses of the whole step, at least 0."""
+        if "kl" not in UNPAIRED_LOSSES[self.name].inputs:
+            return batches
+        sums = torch.zeros(2, dtype=torch.float64, device=batches[0].tree.tokens.device)
+        for batch in batches:
+            logps, ref_logps, _ = self._logps(trunk, batch)
+            mismatched = _extra(batch, "mismatched", f"{self.name!r}").double()
+            sums += torch.stack([((logps - ref_logps).double() * mismatched).sum(), mismatched.sum()])
+        sums = distributed.total(sums)
+        kl = (sums[0] / sums[1].clamp(min=1)).clamp(min=0).float()
+        return [replace(batch, extras={**batch.extras, "kl": kl}) for batch in batches]
+
+    def _logps(self, trunk: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        tree, num_responses = batch.tree, len(batch.tree.last)
+        logprobs = trunk(tree, {self.role: "logprobs"})[self.role]
+        tokens = sum_by(torch.ones_like(logprobs), tree.leaf, num_responses)
+        return sum_by(logprobs, tree.leaf, num_responses), _ref_logps(batch, self.needs_reference, self.name), tokens
+
+    def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
+        loss = UNPAIRED_LOSSES[self.name]
+        desirable = _extra(batch, "desirable", f"{self.name!r}")
+        mismatched = batch.extras.get("mismatched", torch.zeros_like(desirable))
+        (real,) = (mismatched == 0).nonzero(as_tuple=True)
+        logps, ref_logps, tokens = (values[real] for values in self._logps(trunk, batch))
+        divisor = tokens if loss.length_normalized else torch.ones_like(tokens)
+        desirable = desirable[real]
+        inputs = {"logps": logps / divisor, "ref_logps": ref_logps / divisor, "desirable": desirable, "tokens": tokens}
+        if "kl" in loss.inputs:
+            inputs["kl"] = _extra(batch, "kl", f"{self.name!r}")
+        losses = bind(self.name, self.options)(*[inputs[name] for name in loss.inputs])
+        beta = self.options.get("beta", loss.defaults.get("beta", 1.0))
+        rewards = beta * (inputs["logps"] - inputs["ref_logps"]).detach()
+        metrics: dict[str, tuple[Tensor, Tensor | float]] = {
+            f"rewards/{side}": (_sum(rewards * weight), weight.sum())
+            for side, weight in (("desirable", desirable), ("undesirable", 1 - desirable))
+        }
+        if "kl" in loss.inputs:
+            metrics["kl/mismatched"] = (inputs["kl"].double(), 1.0)
+        return LossOutput({self.name: (losses.sum(), "prompts")}, metrics)
+
+
+def unpaired(name: str, options: Mapping[str, Any] | None = None, *, role: str = "policy") -> Unpaired:
+    """A loss over single responses by name, per prompt. Raises ConfigError as `pair` does."""
+    return Unpaired(*_bound(UNPAIRED_LOSSES, name, options), role)
 
 
 # PPO -----------------------------------------------------------------------------------------------------------------

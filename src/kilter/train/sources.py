@@ -294,6 +294,33 @@ def with_reference(
     return found
 
 
+def with_mismatched(groups: Sequence[Group], *, seed: int = 0) -> list[Group]:
+    """Each group of one response with a second one, marked `mismatched`: the response of another prompt.
+
+    Losses over single responses measure on them how far the policy is from the reference (`objectives.Unpaired`).
+
+    Raises:
+        DataError: all prompts are the same, so there is no other one.
+    """
+    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+    found = list(groups)
+    for place, number in enumerate(order):
+        group = groups[number]
+        others = (groups[order[(place + hop) % len(order)]] for hop in range(1, len(order)))
+        other = next((other for other in others if other.prompt != group.prompt), None)
+        if other is None:
+            raise DataError("every prompt is the same, so no response belongs to another one; give more prompts")
+        (own,), borrowed = group.responses, other.responses[0]
+        found[number] = replace(
+            group,
+            responses=(
+                replace(own, per_response={**own.per_response, "mismatched": 0.0}),
+                replace(borrowed, per_response={**own.per_response, "mismatched": 1.0}),
+            ),
+        )
+    return found
+
+
 _NUMBER = "number"
 
 
