@@ -212,7 +212,7 @@ class Pair:
             "chosen_tokens": tokens[better],
             "rejected_tokens": tokens[worse],
         }
-        losses = bind(self.name, self.options)(*[inputs[name] for name in loss.inputs]) * share
+        losses = loss.fn(*[inputs[name] for name in loss.inputs], **self.options) * share
         beta = self.options.get("beta", loss.defaults.get("beta", 1.0))
         rewards = beta * ((logps - ref_logps) / divisor).detach()
         num_pairs = len(ordered)
@@ -333,7 +333,7 @@ class Unpaired:
         inputs = {"logps": logps / divisor, "ref_logps": ref_logps / divisor, "desirable": desirable, "tokens": tokens}
         if "kl" in loss.inputs:
             inputs["kl"] = _extra(batch, "kl", f"{self.name!r}")
-        losses = bind(self.name, self.options)(*[inputs[name] for name in loss.inputs])
+        losses = loss.fn(*[inputs[name] for name in loss.inputs], **self.options)
         beta = self.options.get("beta", loss.defaults.get("beta", 1.0))
         rewards = beta * (inputs["logps"] - inputs["ref_logps"]).detach()
         metrics: dict[str, tuple[Tensor, Tensor | float]] = {
