@@ -195,12 +195,19 @@ def test_response_decodes_to_its_text(encoder: ChatEncoder) -> None:
         assert encoder.decode(encoder.response(turns("Hello there"), text)) == text
 
 
-@pytest.mark.parametrize("text", [" spaced", "\nnew line", "  two"])
-def test_leading_blanks_survive_where_the_template_keeps_them(tokenizer: Any, text: str) -> None:
-    if tokenizer is TOKENIZERS["bytes, greedy"]:
-        text = text.strip()
-    encoder = ChatEncoder(tokenizer, template=CHATML)
-    assert encoder.decode(encoder.response(turns("Hello there"), text)) == text
+@pytest.mark.parametrize("template", [CHATML, MISTRAL])
+def test_leading_blanks_survive_where_the_template_keeps_them(tokenizer: Any, template: str) -> None:
+    encoder = ChatEncoder(tokenizer, template=template)
+    for text in (" spaced", "\nnew line", "  two"):
+        expected = text.lstrip() if tokenizer is TOKENIZERS["bytes, greedy"] and template is MISTRAL else text
+        assert encoder.decode(encoder.response(turns("Hello there"), text)) == expected
+
+
+def test_a_sampled_answer_without_the_usual_blank_is_whole(tokenizer: Any) -> None:
+    encoder = ChatEncoder(tokenizer, template=MISTRAL)
+    assert encoder.decode(tokenizer.encode("</s>", add_special_tokens=False)) == ""
+    ids = ChatEncoder(tokenizer, template=CHATML).response(turns("Hello there"), "Sure.")[:-1]
+    assert encoder.decode(ids) == "Sure."
 
 
 def test_decode_stops_at_the_first_end_token(encoder: ChatEncoder) -> None:

@@ -143,7 +143,11 @@ class ChatEncoder:
                 f"chat template ({self.template_name}): a prompt begins with BOS (token {bos}) twice; "
                 "remove one `bos_token` from the template"
             )
-        self._tail_ids = self._encode(self._tail(prompt))
+        self._neutral = self._encode(ANCHORS[1])
+        seen = self._continued(self._response_ids(prompt, self._response_text(PROBE[:1], prompt, answer)))
+        self._lead, found, self._trail = seen.partition(answer)
+        if not found:  # a tokenizer that changes text, to lower case for example
+            self._lead, self._trail = "", ""
         self.prefix_stable = one_turn_only or self._layout(PROBE) is not None
         self.notes = tuple(self._remarks(prompt))
 
@@ -212,14 +216,11 @@ class ChatEncoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response: the inverse of `response`, up to the first token that ends it."""
-        ids = list(ids)
-        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        before = self._plain(self._tail_ids)
-        text = self._plain([*self._tail_ids, *ids[:end]])
-        # Decoded after the generation prompt, because many tokenizers swallow a space at the start of a text.
-        text = text[len(before) :] if text.startswith(before) else self._plain(ids[:end])
-        closing = self._closing.removesuffix(self._stop or "")
-        return text.removeprefix(self._opening).removesuffix(closing) if closing else text.removeprefix(self._opening)
+        text = self._continued(ids)
+        lead = self._lead
+        while not lead.strip() and not text.startswith(lead):  # of blanks, as many as there are
+            lead = lead[:-1]
+        return text.removeprefix(lead).removesuffix(self._trail)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token where it stands, special tokens too: for showing what a model sees."""
@@ -237,6 +238,15 @@ class ChatEncoder:
     def _plain(self, ids: Sequence[int], *, skip: bool = True) -> str:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         return str(text)
+
+    def _continued(self, ids: Sequence[int]) -> str:
+        """The text of ids up to the first end token, decoded as the continuation of a neutral text.
+
+        Decoded alone, many tokenizers would swallow a space at the start.
+        """
+        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        before, text = self._plain(self._neutral), self._plain([*self._neutral, *ids[:end]])
+        return text[len(before) :] if text.startswith(before) else self._plain(ids[:end])
 
     def _guard(self, text: str) -> str:
         return self._typed.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
