@@ -76,13 +76,10 @@ def attention_kinds(model: Any) -> AttentionKinds | str:
 def visible(tree: TokenTree) -> Tensor:
     """bool[B, T, T]: query q sees key k iff `k <= q` and `ancestors[segment[q], segment[k]]`; a tail only itself."""
     num_rows, width = tree.tokens.shape
-    used = tree.segment >= 0
     segment = tree.segment.clamp(min=0)
     of_query = tree.ancestors.gather(1, segment[:, :, None].expand(-1, -1, tree.ancestors.shape[2]))  # [B, T, S]
-    of_query &= used[:, :, None]
-    seen = of_query.gather(2, segment[:, None, :].expand(num_rows, width, width))  # [B, T, T]
-    seen &= used[:, None, :]
-    seen = seen.tril_()
+    of_query &= (tree.segment >= 0)[:, :, None]  # keys in the tail come after every query that is not
+    seen = of_query.gather(2, segment[:, None, :].expand(num_rows, width, width)).tril_()  # [B, T, T]
     seen.diagonal(dim1=1, dim2=2).fill_(True)
     return seen
 

@@ -79,6 +79,8 @@ def _load(kind: Any, path: str | Path, *, dtype: str, attention: str | None, rev
         )
     for name, value in dropout.items():
         log.info("%s: %s was %g and is 0 for training", path, name, value)
+    if getattr(origin.get_text_config(decoder=True), "router_aux_loss_coef", None):
+        log.info("%s: the router's load-balancing loss is left out: losses here see log-probs alone", path)
     model.kilter_origin = origin
     return model.train()
 

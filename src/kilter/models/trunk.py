@@ -147,10 +147,17 @@ class Trunk(nn.Module):
             yield self.models[held.model]
 
     def set_checkpointing(self, on: bool) -> None:
-        """Gradient checkpointing of every layer: it is computed again in the backward, under the same role."""
+        """Gradient checkpointing of every layer: it is computed again in the backward, under the same role.
+
+        Raises:
+            ModelError: a model does not support it.
+        """
         model: Any
         for name, model in self.models.items():
-            model._set_gradient_checkpointing(on, self._switches[name].checkpointed)
+            if on and not model.supports_gradient_checkpointing:
+                raise ModelError(f"{type(model).__name__} has no gradient checkpointing; switch it off")
+            if model.supports_gradient_checkpointing:
+                model._set_gradient_checkpointing(on, self._switches[name].checkpointed)
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         """What trains when that role trains: its adapter, or else its whole model; and its head."""
