@@ -62,6 +62,13 @@ def test_a_curve_that_begins_late_starts_at_sft() -> None:
     assert len(begun.points) == 2
 
 
+def test_sft_on_the_prompts_of_the_curves_goes_before_the_summary() -> None:
+    summary = {"models": {"sft": {"true_reward": {"mean": 0.41}}}}
+    (curve,) = curves_of(row("sft", 0, 0.0, 0.3), row("dpo", 10, 4.0, 0.5), summary=summary)
+    assert [(point.x, point.true.mean) for point in curve.points] == [(0.0, 0.3), (2.0, 0.5)]
+    assert curve.method == "dpo"
+
+
 def test_an_estimate_of_kl_below_zero_is_drawn_at_zero_and_told_as_it_is() -> None:
     (curve,) = curves_of(row("ppo", 1, -0.02, 0.4))
     assert (curve.points[0].x, curve.points[0].kl.mean) == (0.0, -0.02)

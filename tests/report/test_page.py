@@ -96,6 +96,12 @@ def test_an_empty_run_is_a_page_that_says_not_measured(tmp_path: Path) -> None:
     assert "summary.json is missing" in page.text
 
 
+def test_straight_lines_between_end_points_are_called_that(make_run) -> None:
+    told = "the straight lines between are no measurement"
+    assert told in page_of(make_run("ends", without=("curve.jsonl",))).text
+    assert told not in page_of(make_run("whole")).text
+
+
 def test_not_measured_is_never_a_zero(make_run) -> None:
     folder = make_run()
     summary = json.loads((folder / "summary.json").read_text())

@@ -80,7 +80,8 @@ def close_up_reach(curves: Sequence[Curve]) -> float | None:
 def read_curves(run: RunFiles) -> list[Curve]:
     """The methods of `evaluation/curve.jsonl`, or the end points of `summary.json` where there is no such file.
 
-    Every method starts from SFT, so SFT's own figures are put before a curve that begins later.
+    Every method starts from SFT, so SFT's own figures are put before a curve that begins later: its own point of the
+    file, measured on the same prompts as the curves, or else the summary's.
     """
     rows: dict[str, dict[str, list[CurvePoint]]] = {}
     for row in run.curve:
@@ -89,13 +90,12 @@ def read_curves(run: RunFiles) -> list[Curve]:
             continue
         point = _point(number(row.get("step")) or 0.0, kl, row.get("proxy_reward"), row.get("true_reward"))
         rows.setdefault(method, {}).setdefault(text_of(row.get("seed"), "0"), []).append(point)
-    start = _start(run)
+    measured = rows.pop("sft", {})
+    start = _over_seeds(list(measured.values()))[0] if measured else _start(run)
     if not rows:
         return _end_points(run, start)
     curves = []
     for method in ordered(rows):
-        if method == "sft":
-            continue
         points = _over_seeds(list(rows[method].values()))
         if start is not None and points and points[0].x > 0.1:
             points = [start, *points]

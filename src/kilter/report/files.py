@@ -21,7 +21,8 @@ What the stages write, and the report reads (every part may be missing; a missin
 
 `evaluation/curve.jsonl`    {"method", "step", "seed", "kl": figure, "proxy_reward": figure,
                             "true_reward": figure | null}; for best-of-n `step` is n. Several seeds of one method become
-                            a band over the steps that all of them have. A first point at SFT may be left out.
+                            a band over the steps that all of them have. Method "sft", step 0, is where all of them
+                            begin; without it they begin at the summary's figures of SFT.
 `evaluation/answers.jsonl`  {"method", "step", "seed"?, "kl", "prompt_id", "prompt": [{"role", "content"}], "kind",
                             "text", "tokens": [{"text", "value", "kl"}], "true_reward", "proxy_reward"}.
                             `value`: the reward head read at that token (proxy units); `kl`: log-ratio to SFT of that

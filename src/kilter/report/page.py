@@ -154,7 +154,7 @@ def report_context(run: RunFiles) -> dict[str, Any]:
         "ladder": [name for name in ordered(models) if figure(models[name].get("true_reward"))],
         "models": {name: {key: figure(value) for key, value in row.items()} for name, row in models.items()},
         "curves": curves,
-        "end_points_only": bool(curves) and not run.curve,
+        "end_points_only": bool(curves) and all(row.get("method") == "sft" for row in run.curve),
         "lines": lines,
         "has_true": any(point.true for curve in curves for point in curve.points),
         "has_proxy": any(point.proxy for curve in curves for point in curve.points),
