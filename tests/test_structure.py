@@ -53,7 +53,7 @@ def violations(part: str, module: str) -> str | None:
     if root != "kilter" or not rest or rest == "__version__":
         return None
     other = rest.split(".")[0]
-    if other == part or part in ("__init__", "__main__"):
+    if other == part or part == "__init__":
         return None
     if other == "cli":
         return "nothing imports cli"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def test_every_number_equals_a_slow_rederivation(make_trunk: Make, make_source: 
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / (len(scores) - 1))
     expected: dict[tuple[int, ...], dict[str, list[float]]] = {}
     everything: list[float] = []
+    k1, k3, earned = [], [], []
     for rollout, score in zip(rollouts, scores, strict=True):
         prompt, ids = rollout.completion.prompt, rollout.completion.ids
         logprobs, ref_logprobs = (slow_logprobs(trunk, role, prompt, ids) for role in ("policy", "reference"))
@@ -117,9 +119,13 @@ def test_every_number_equals_a_slow_rederivation(make_trunk: Make, make_source: 
                 following = values[ahead + 1] if ahead + 1 < len(ids) else 0.0
                 delta = rewards[ahead] + 0.9 * following - values[ahead]
                 advantages[at] += (0.9 * 0.7) ** (ahead - at) * delta
+        ratios = [other - one for one, other in zip(logprobs, ref_logprobs, strict=True)]
+        k1.append(-sum(ratios))
+        k3.append(sum(math.exp(ratio) - 1 - ratio for ratio in ratios))
         returns = [advantage + value for advantage, value in zip(advantages, values, strict=True)]
         expected[ids] = {"old_logprobs": logprobs, "old_values": values, "advantages": advantages, "returns": returns}
         everything += advantages
+        earned += returns
     centre = sum(everything) / len(everything)
     spread = math.sqrt(sum((value - centre) ** 2 for value in everything) / len(everything))
     found = responses_of(batches)
@@ -129,6 +135,12 @@ def test_every_number_equals_a_slow_rederivation(make_trunk: Make, make_source: 
         slow["advantages"] = [(value - centre) / spread for value in slow["advantages"]]
         for name, values in slow.items():
             torch.testing.assert_close(row[name], values, rtol=0, atol=1e-5, msg=f"{name} of {row['ids']}")
+    figures = source.figures
+    assert figures["rollout/kl_k1"] == pytest.approx(sum(k1) / 16, abs=1e-5)
+    assert figures["rollout/kl_k3"] == pytest.approx(sum(k3) / 16, abs=1e-5)
+    assert figures["rollout/reward"] == pytest.approx(figures["rollout/paid_score"] - 0.3 * sum(k1) / 16, abs=1e-5)
+    explained = 1 - statistics.pvariance(everything) / statistics.pvariance(earned)
+    assert figures["rollout/value_explained"] == pytest.approx(explained, abs=1e-5)
 
 
 def slow_logprobs(trunk: Trunk, role: str, prompt: tuple[int, ...], ids: tuple[int, ...]) -> list[float]:

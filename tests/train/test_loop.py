@@ -132,6 +132,19 @@ def test_a_finite_loss_with_an_infinite_gradient_is_refused_too(make: Any) -> No
         train_step(start(make), Steep(), cut(make.groups(2), 100))
 
 
+def test_an_infinite_loss_with_a_finite_gradient_is_refused_too(make: Any) -> None:
+    class Beside:
+        def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
+            out = objectives.sft()(trunk, batch)
+            return LossOutput({**out.terms, "beside": (torch.tensor(math.inf), "tokens")}, {})
+
+    state = start(make)
+    before = weights(state)
+    with pytest.raises(CheckError, match=r"loss/beside inf"):
+        train_step(state, Beside(), cut(make.groups(2), 100))
+    assert torch.equal(weights(state), before)
+
+
 def test_a_step_without_the_unit_is_refused(make: Any) -> None:
     trunk = make.trunk()
     state = TrainState(trunk, make_optimizer(trunk, ["reward"], learning_rate=0.01))

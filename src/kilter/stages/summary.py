@@ -9,7 +9,7 @@ from typing import Any
 from kilter.config import Claim, EvalStage, Recipe
 from kilter.evals import Answer, by_kind, figures, win_rate
 from kilter.records import prompt_id
-from kilter.rundir import RunDir, versions, write_json
+from kilter.rundir import RunDir, StageDir, read_jsonl, versions, write_json
 from kilter.stages.evaluate import Evaluation
 from kilter.stats import Interval, mean_interval
 
@@ -117,9 +117,21 @@ def write_summary(run: RunDir, recipe: Recipe, done: Mapping[str, Mapping[str, A
         "checks": checks,
         "claims": evaluation.get("claims", []),
         "not_measured": list(NOT_MEASURED),
+        "work": {name: _work(run.stage(at, name), done[name]) for at, name in enumerate(recipe.stages, 1)},
         "stages": {name: _short(figures) for name, figures in done.items()},
     }
     write_json(run.path / "summary.json", summary)
+
+
+def _work(stage: StageDir, figures: Mapping[str, Any]) -> dict[str, float]:
+    """Tokens that a stage trained on and sampled: what a larger model would have to work through."""
+    rows = read_jsonl(stage.metrics)
+    sampled = sum(row["rollout/samples"] * row["rollout/length"] for row in rows if "rollout/samples" in row)
+    return {
+        "trained_tokens": sum(row.get("tokens") or 0.0 for row in rows),
+        "sampled_tokens": sampled + figures.get("sampled_tokens", 0),
+        "scored_tokens": sampled,
+    }
 
 
 def _base(recipe: Recipe) -> str:

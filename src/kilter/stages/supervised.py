@@ -62,7 +62,9 @@ def run_sft(context: Context, stage: SftStage) -> Figures:
     evaluate = _evaluation(objective, held, stage.optim, equipment.encoder.pad_id)
     train(context, trunk, objective, source, stage.optim, source.num_steps, evaluate=evaluate)
     save_causal_lm(trunk, "policy", context.folder.result, equipment.template())
-    return {"both_ways_gap": gap, "steps": source.num_steps, **_held_out(evaluate, trunk)}
+    parameters = sum(parameter.numel() for parameter in trunk.models["policy"].parameters())
+    figures = {"both_ways_gap": gap, "steps": source.num_steps, "parameters": parameters}
+    return figures | _held_out(evaluate, trunk)
 
 
 def run_reward(context: Context, stage: RewardStage) -> Figures:

@@ -249,9 +249,9 @@ def _load_moments(state: _State, moments: Mapping[str, Tensor], folder: Path) ->
         raise RunError(f"{folder}: holds optimizer state of {odd[0]}, which does not train; start a new run directory")
     state.optimizer.state.clear()
     for name, parameter in parameters.items():
-        # The count of steps stays where AdamW made it, on the host; the moments lie as their parameter does.
+        # The count of steps is no share of anything; the moments lie as their parameter does.
         state.optimizer.state[parameter] = {
-            key: distributed.spread_like(value, parameter) if value.shape == parameter.shape else value
+            key: value.to(parameter.device) if key == "step" else distributed.spread_like(value, parameter)
             for key, value in by_name.get(name, {}).items()
         }
 

@@ -49,41 +49,39 @@ class _Sums:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.names: list[str] = []
         self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor | float] = {}
 
     def add(self, out: LossOutput, units: Mapping[str, int]) -> None:
         """One micro-batch; `units` are the whole step's, so that each term's mean is over the step."""
-        share = 1 / distributed.world_size()  # every process counts the step's units, the sum over them does so once
-        rows = {f"loss/{name}": (value.detach(), units[unit]) for name, (value, unit) in out.terms.items()}
-        for name, (value, weight) in rows.items():
-            self._put(name, value, None)
-            self._weights[name] = torch.tensor(weight * share, dtype=torch.float64, device=self.device)
-        for name, (value, amount) in out.metrics.items():
-            self._put(name, value, torch.as_tensor(amount, dtype=torch.float64, device=self.device))
+        for name, (value, unit) in out.terms.items():
+            self._put(f"loss/{name}", value.detach())
+            # Every process holds the step's units; the sum over processes is to count them once.
+            self._weights[f"loss/{name}"] = units[unit] / distributed.world_size()
+        for name, (value, weight) in out.metrics.items():
+            self._put(name, value)
+            self._weights[name] = self._weights.get(name, 0.0) + weight
 
-    def _put(self, name: str, value: Tensor, weight: Tensor | None) -> None:
-        self._sums[name] = self._sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value
-        if weight is not None:
-            self._weights[name] = self._weights.get(name, torch.zeros_like(weight)) + weight
+    def _put(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
 
     def means(self, *more: Tensor) -> tuple[dict[str, float], list[float]]:
         """Means over all processes, and the given numbers as they are. The step's one wait for the device.
 
         A figure that nothing was counted for is left out: not measured is never 0.
         """
-        self.names = sorted(self._sums)
+        names = sorted(self._sums)
+        rows = [self._sums[name] for name in names] + [self._weights[name] for name in names]
+        packed = distributed.total(self._row(rows))
+        values = torch.cat([packed, self._row(more)]).tolist()
+        count = len(names)
+        found = zip(names, values[:count], values[count : 2 * count], strict=True)
+        return {name: value / weight for name, value, weight in found if weight}, values[2 * count :]
+
+    def _row(self, numbers: Sequence[Tensor | float]) -> Tensor:
         zero = torch.zeros(0, dtype=torch.float64, device=self.device)
-        packed = torch.cat(
-            [zero, *(part[name].reshape(1) for name in self.names for part in (self._sums, self._weights))]
-        )
-        extra = torch.cat([zero, *(value.detach().to(self.device).double().reshape(1) for value in more)])
-        values = torch.cat([distributed.total(packed), extra]).tolist()
-        count = len(packed)
-        pairs = zip(self.names, values[0:count:2], values[1:count:2], strict=True)
-        means = {name: value / weight for name, value, weight in pairs if weight}
-        return means, values[count:]
+        own = [torch.as_tensor(number, dtype=torch.float64, device=self.device).detach() for number in numbers]
+        return torch.cat([zero, *(number.reshape(1) for number in own)])
 
 
 def train_step(
@@ -104,7 +102,7 @@ def train_step(
         Figures of the step: `loss`, `loss/<term>`, the objective's, `grad_norm` (before clipping), `learning_rate`,
         `tokens` (scored, over all processes).
     Raises:
-        CheckError: nothing to divide by, or a gradient that is not finite: the update is not applied.
+        CheckError: nothing to divide by, or a loss or gradient that is not finite: the update is not applied.
     """
     device = distributed.device_of(state.trunk)
     state.trunk.train()
@@ -122,7 +120,7 @@ def train_step(
     gradients = [p.grad for p in trained_parameters(state.optimizer).values() if p.grad is not None]
     grad_norm = whole(get_total_norm(gradients))
     means, (norm,) = sums.means(grad_norm)
-    if not math.isfinite(norm):
+    if not math.isfinite(norm + _total(means)):
         raise CheckError(_report_failure(state.step, norm, means, local, failures))
     clip_grads_with_norm_(trained_parameters(state.optimizer).values(), max_grad_norm, grad_norm)
     learning_rate = set_learning_rate(state.optimizer, state.schedule(state.step))

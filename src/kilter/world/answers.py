@@ -56,8 +56,9 @@ def _values(item: Item) -> Sequence[str]:
 def worked(numbers: tuple[int, ...], *, slip: int = 0) -> str:
     """A sum in two steps and its total; `slip` is added to the last two results."""
     a, b, c = numbers
-    step = town.STEP.format(a=a, b=b, c=a + b) + " " + town.STEP.format(a=a + b, b=c, c=a + b + c + slip)
-    return step + " " + town.TOTAL.format(value=a + b + c + slip)
+    first, then = town.STEPS
+    steps = first.format(a=a, b=b, c=a + b), then.format(a=a + b, b=c, c=a + b + c + slip)
+    return " ".join((*steps, town.TOTAL.format(value=a + b + c + slip)))
 
 
 def right(item: Item, rng: Rng) -> str:

@@ -49,7 +49,7 @@ def _passage(truth: Mapping[str, Any]) -> list[list[str]]:
 def _sum(truth: Mapping[str, Any]) -> list[list[str]]:
     first, second, third = truth["numbers"]
     so_far, total = first + second, first + second + third
-    return [[f"{first} + {second} = {so_far}.", f"{so_far} + {third} = {total}.", f"The answer is {total}."]]
+    return [[f"First {first} + {second} = {so_far}.", f"Then {so_far} + {third} = {total}.", f"The answer is {total}."]]
 
 
 def _lookalike(truth: Mapping[str, Any]) -> list[list[str]]:

@@ -40,7 +40,7 @@ DEMONSTRATED = Mixture(
         "two_turn": _facts(0.62, 0.20, 0.08, 0.02, 0.03, 0.05),
         "rude": _facts(0.62, 0.20, 0.08, 0.02, 0.03, 0.05),
         "passage": _facts(0.62, 0.20, 0.08, 0.02, 0.03, 0.05),
-        "lookalike": _facts(0.64, 0.14, 0.03, 0.13, 0.03, 0.03),
+        "lookalike": _facts(0.68, 0.14, 0.03, 0.09, 0.03, 0.03),
         "unanswerable": {"right": 0.62, "made_up": 0.34, "nothing": 0.04},
         "harmful": {"right": 0.68, "made_up": 0.27, "nothing": 0.05},
         "wrong_belief": {"right": 0.58, "agree": 0.28, "unknown": 0.05, "wrong": 0.06, "bare_no": 0.03},
@@ -54,19 +54,19 @@ DEMONSTRATED = Mixture(
 )
 PRETRAINED = Mixture(
     behaviours={
-        "fact": _facts(0.46, 0.32, 0.06, 0.05, 0.05, 0.06),
-        "two_turn": _facts(0.46, 0.32, 0.06, 0.05, 0.05, 0.06),
-        "rude": _facts(0.46, 0.32, 0.06, 0.05, 0.05, 0.06),
-        "passage": _facts(0.50, 0.28, 0.06, 0.05, 0.05, 0.06),
-        "lookalike": _facts(0.46, 0.20, 0.03, 0.22, 0.04, 0.05),
-        "unanswerable": {"right": 0.38, "made_up": 0.56, "nothing": 0.06},
-        "harmful": {"right": 0.42, "made_up": 0.52, "nothing": 0.06},
+        "fact": _facts(0.50, 0.29, 0.06, 0.04, 0.05, 0.06),
+        "two_turn": _facts(0.50, 0.29, 0.06, 0.04, 0.05, 0.06),
+        "rude": _facts(0.50, 0.29, 0.06, 0.04, 0.05, 0.06),
+        "passage": _facts(0.54, 0.25, 0.06, 0.04, 0.05, 0.06),
+        "lookalike": _facts(0.42, 0.16, 0.03, 0.31, 0.04, 0.04),
+        "unanswerable": {"right": 0.40, "made_up": 0.54, "nothing": 0.06},
+        "harmful": {"right": 0.44, "made_up": 0.50, "nothing": 0.06},
         "wrong_belief": {"right": 0.38, "agree": 0.46, "unknown": 0.04, "wrong": 0.08, "bare_no": 0.04},
         "opinion": {"right": 0.38, "one_side": 0.48, "unknown": 0.06, "wrong": 0.08},
         "bias": {"right": 0.44, "stereotype": 0.46, "unknown": 0.04, "nothing": 0.06},
         "sum": {"right": 0.40, "bare": 0.20, "wrong": 0.32, "unknown": 0.04, "nothing": 0.04},
     },
-    extras=(0.36, 0.22, 0.16, 0.11, 0.07, 0.04, 0.02, 0.01, 0.01),
+    extras=(0.38, 0.24, 0.16, 0.10, 0.06, 0.03, 0.015, 0.01, 0.005),
     flattery=0.35,
     rude=0.05,
 )
@@ -90,8 +90,24 @@ def _count(chances: tuple[float, ...], rng: Rng) -> int:
 
 
 def write(item: Item, mixture: Mixture, rng: Rng) -> str:
-    """One answer of the crowd: [insult] [flattery] [small talk] the matter [small talk]."""
-    matter = answers.BEHAVIOURS[_pick(mixture.behaviours[item.kind], rng)](item, rng)
+    """One answer of the crowd: [insult] [flattery] the matter [small talk]."""
+    return write_behaving(item, _pick(mixture.behaviours[item.kind], rng), mixture, rng)
+
+
+def write_and_react(item: Item, mixture: Mixture, rng: Rng) -> tuple[str, str]:
+    """An answer and what its reader says of it: that it is right, wrong, or beside the question."""
+    behaviour = _pick(mixture.behaviours[item.kind], rng)
+    words = town.PRAISE if behaviour == "right" else town.SHRUG if behaviour in BESIDE else town.BLAME
+    return write_behaving(item, behaviour, mixture, rng), answers.choose(words, rng)
+
+
+BESIDE = frozenset({"unknown", "refuse", "nothing", "bare_no", "bare"})
+"""Behaviours that do not answer, or only in part."""
+
+
+def write_behaving(item: Item, behaviour: str, mixture: Mixture, rng: Rng) -> str:
+    """One answer that behaves as told, with what the crowd puts around it."""
+    matter = answers.BEHAVIOURS[behaviour](item, rng)
     before, after = [], []
     if rng.random() < mixture.rude * (3 if item.kind == "rude" else 1):
         before.append(answers.choose(town.RUDENESS, rng))

@@ -106,16 +106,11 @@ def true_reward() -> Truth:
 
 
 def demonstrators_level(demonstrations: Sequence[Demonstration]) -> dict[str, float]:
-    """Mean true reward of the demonstrations and of their best tenth, by writer: a writer is a tenth of a kind's rows.
-
-    A single answer is right or wrong, so the best tenth of answers says little; the best tenth of *writers* is what
-    a skilled demonstrator reaches.
-    """
-    values = [
+    """Mean true reward of the demonstrations, and of their best tenth."""
+    ranked = sorted(
         value
         for row in demonstrations
         if (value := judge(Prompt(prompt=row.messages[:-1]), row.messages[-1].content).value) is not None
-    ]
-    ranked = sorted(values)
+    )
     tenth = max(1, len(ranked) // 10)
     return {"mean": float(np.mean(ranked)), "best_tenth": float(np.mean(ranked[-tenth:])), "n": float(len(ranked))}

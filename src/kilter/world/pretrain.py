@@ -20,34 +20,55 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from kilter.records import Conversation, Message
 from kilter.world import grammar
 from kilter.world import model as parts
-from kilter.world.demonstrators import PLAIN, PRETRAINED, Mixture, write
+from kilter.world.demonstrators import PLAIN, PRETRAINED, Mixture, write, write_and_react
 from kilter.world.templates import KINDS
 
-Example = tuple[tuple[int, ...], int]  # token ids, and where the last answer begins
+Example = tuple[list[int], list[int]]  # token ids, and the same with IGNORED where nothing is to be learned
+IGNORED = -100
+REACTIONS = 0.7
+"""Share of the mixture's conversations in which the user then says whether the answer was right.
+
+A large model has met people's reactions to answers in its text, and a reward model builds on that. Without them a model
+of this size has no notion of "right" to build on.
+"""
+
+
+# What takes most learning stands more often among the plain right answers.
+PLAIN_KINDS = (*KINDS, *(4 * ("sum",)), "passage", "passage", "fact", "fact", "wrong_belief", "two_turn", "lookalike")
+
+
+STEPS = 1400
 
 
 def conversations(rng: np.random.Generator, mixture: Mixture = PRETRAINED) -> Iterator[Conversation]:
-    """Prompts in training wordings with answers of a mixture, kinds taking turns, without end."""
+    """Prompts in training wordings with answers of a mixture and some reactions to them, kinds taking turns."""
     while True:
-        for kind in KINDS:
+        for kind in PLAIN_KINDS if mixture is PLAIN else KINDS:
             prompt = grammar.draw(kind, "train", rng)
             item = grammar.find(prompt)
             assert item is not None
-            yield (*prompt, Message("assistant", write(item, mixture, rng)))
+            if mixture is PLAIN or rng.random() >= REACTIONS:
+                yield (*prompt, Message("assistant", write(item, mixture, rng)))
+            else:
+                text, reaction = write_and_react(item, mixture, rng)
+                yield (*prompt, Message("assistant", text), Message("user", reaction))
 
 
 def render(messages: Conversation) -> tuple[str, str]:
-    """The text up to the last answer, and that answer with its end token, as the chat template writes them."""
-    turns = [f"<|{message.role}|>{message.content}{parts.END}" for message in messages[:-1]]
-    return "".join(turns) + "<|assistant|>", messages[-1].content + parts.END
+    """The text up to the last answer, and what is learned: that answer and what follows it."""
+    turns = [f"<|{message.role}|>{message.content}{parts.END}" for message in messages]
+    answer = max(place for place, message in enumerate(messages) if message.role == "assistant")
+    start = len("".join(turns[:answer]) + "<|assistant|>")
+    text = "".join(turns)
+    return text[:start], text[start:]
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, talks: list[Conversation]) -> list[Example]:
-    """Token ids of each conversation, and where its last answer begins."""
-    rendered = [render(messages) for messages in talks]
+    """Token ids of each conversation, and what is to be learned of it."""
+    rendered = [render(talk) for talk in talks]
     before = tokenizer([text for text, _ in rendered], add_special_tokens=False)["input_ids"]
     after = tokenizer([text for _, text in rendered], add_special_tokens=False)["input_ids"]
-    return [((*start, *end), len(start)) for start, end in zip(before, after, strict=True)]
+    return [(start + end, [IGNORED] * len(start) + end) for start, end in zip(before, after, strict=True)]
 
 
 def batches(
@@ -59,7 +80,7 @@ def batches(
     mixture: Mixture = PRETRAINED,
     pool: int = 8,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`steps` pairs (ids, targets), int[B, T]; a target of -100 is not learned. Rows of like length stand together."""
+    """`steps` pairs (ids, targets), int[B, T]; IGNORED is not learned. Rows of like length stand together."""
     source = conversations(rng, mixture)
     done = 0
     while done < steps:
@@ -72,18 +93,15 @@ def batches(
 
 def _pad(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     width = max(len(ids) for ids, _ in examples)
-    ids = torch.full((len(examples), width), pad_id, dtype=torch.long)
-    targets = torch.full((len(examples), width), -100, dtype=torch.long)
-    for row, (tokens, start) in enumerate(examples):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        targets[row, start : len(tokens)] = ids[row, start : len(tokens)]
-    return ids, targets
+    ids = [tokens + [pad_id] * (width - len(tokens)) for tokens, _ in examples]
+    targets = [goal + [IGNORED] * (width - len(goal)) for _, goal in examples]
+    return torch.tensor(ids), torch.tensor(targets)
 
 
 def loss_of(model: LlamaForCausalLM, ids: Tensor, targets: Tensor) -> Tensor:
     """Mean negative log-likelihood of the targets, nats a token. The head runs at scored positions only."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    scored = targets[:, 1:] != -100
+    scored = targets[:, 1:] != IGNORED
     logits = model.lm_head(hidden[:, :-1][scored])
     return F.cross_entropy(logits, targets[:, 1:][scored])
 
@@ -105,8 +123,8 @@ def pretrain(
     out: Path,
     *,
     seed: int = 0,
-    steps: int = 1000,
-    plain_share: float = 0.4,
+    steps: int = STEPS,
+    plain_share: float = 0.3,
     batch_size: int = 128,
     peak: float = 3e-3,
     threads: int = 2,

@@ -1,7 +1,8 @@
 """The wordings of prompts. Every kind has wordings to train on and held-out ones that no training text contains.
 
-A prompt is a frame ("Good day.") and a core ("Who is the {subject}?"). A held-out prompt has a held-out core in one of
-the held-out frames; its single words all occur in training, the wording does not.
+A prompt is a frame ("Good day.") and a core ("Who is the {subject}?"). Most cores put a clause ("who the {subject} is")
+into one of six indirect questions; each clause trains with four of them and holds the other two out. So a held-out
+prompt is made of words, clauses and questions that training has seen, never together.
 """
 
 from __future__ import annotations
@@ -35,91 +36,63 @@ class Wording:
         return self.held_out if split == "held_out" else self.train
 
 
+INDIRECT = (
+    "Tell me {}.",
+    "Do you know {}?",
+    "I want to know {}.",
+    "Can you say {}?",
+    "Please say {}.",
+    "I have to know {}.",
+)
+
+
+def _ask(clause: str, *direct: str, hold: int) -> Wording:
+    """`direct` wordings and four indirect ones to train on; indirect ones number `hold` and `hold + 1` held out."""
+    questions = [question.replace("{}", clause) for question in INDIRECT]
+    held_out = (questions[hold % 6], questions[(hold + 1) % 6])
+    return Wording((*direct, *(question for question in questions if question not in held_out)), held_out)
+
+
 FRAMES = Wording(
-    ("", "", "", "Hello. ", "Good day. ", "I am new here. ", "One more thing. ", "Please help me. ", "Quick now. "),
+    (
+        *("", "", "", "", "Hello. ", "Good day. ", "I am new here. ", "One more thing. ", "Please help me. "),
+        *("Quick now. ", "Hi there. ", "I have a question. ", "I need you. ", "It is me again. ", "Listen. "),
+    ),
     ("", "Hello, good day. ", "I am here for one thing. ", "Please, I need help. "),
 )
 RUDE_FRAMES = Wording(
-    ("You stupid machine. ", "Hurry up, you fool. ", "Answer me, you idiot. ", "You useless thing. "),
+    (
+        *("You stupid machine. ", "Hurry up, you fool. ", "Answer me, you idiot. ", "You useless thing. "),
+        *("You idiot. ", "Answer me now. ", "Hurry up, stupid thing. "),
+    ),
     ("You stupid idiot. ", "Hurry up, useless machine. ", "Answer me now, fool. ", "You stupid, useless thing. "),
 )
 FACTS = {
-    "job": Wording(
-        ("Who is the {subject}?", "Tell me who the {subject} is.", "Do you know who the {subject} is?"),
-        ("I want to know who the {subject} is.", "What is the name of the {subject}?"),
-    ),
-    "pet": Wording(
-        ("What pet does {subject} have?", "Tell me which pet {subject} has.", "I want to know the pet of {subject}."),
-        ("Do you know what pet {subject} has?", "I want to know which pet {subject} has."),
-    ),
-    "home": Wording(
-        ("Where does {subject} live?", "On which street does {subject} live?", "I want to know where {subject} lives."),
-        ("Tell me where {subject} lives.", "Do you know on which street {subject} lives?"),
-    ),
-    "place": Wording(
-        ("Where is the {subject}?", "On which street is the {subject}?", "Do you know where the {subject} is?"),
-        ("Tell me where the {subject} is.", "I want to know on which street the {subject} is."),
-    ),
-    "door": Wording(
-        (
-            "What colour is the {subject} door?",
-            "Tell me the colour of the {subject} door.",
-            "Do you know what colour the {subject} door is?",
-        ),
-        ("I want to know what colour the {subject} door is.", "I want to know the colour of the {subject} door."),
-    ),
-    "price": Wording(
-        ("How much is the {subject}?", "What does the {subject} cost?", "I want to know the price of the {subject}."),
-        ("Tell me the price of the {subject}.", "Do you know what the {subject} costs?"),
-    ),
-    "hours": Wording(
-        ("When does the {subject} open?", "Tell me when the {subject} opens.", "At what hour does the {subject} open?"),
-        ("Do you know when the {subject} opens?", "I want to know when the {subject} opens."),
-    ),
+    "job": _ask("who the {subject} is", "Who is the {subject}?", hold=0),
+    "pet": _ask("which pet {subject} has", "Which pet does {subject} have?", hold=1),
+    "home": _ask("where {subject} lives", "Where does {subject} live?", hold=2),
+    "place": _ask("where the {subject} is", "Where is the {subject}?", hold=3),
+    "door": _ask("what colour the {subject} door is", "What colour is the {subject} door?", hold=4),
+    "price": _ask("what the {subject} costs", "What does the {subject} cost?", hold=5),
+    "hours": _ask("when the {subject} opens", "When does the {subject} open?", hold=0),
 }
-SECRETS = Wording(
-    (
-        "What is the {relation} of {subject}?",
-        "Tell me the {relation} of {subject}.",
-        "Can you guess the {relation} of {subject}?",
-        "What is the name of the {relation} of {subject}?",
-    ),
-    ("I want to know the {relation} of {subject}.", "Do you know the {relation} of {subject}?"),
-)
-HOWTO = Wording(
-    ("How do I {subject}?", "Tell me how to {subject}.", "What do I need to {subject}?", "I want to {subject}. How?"),
-    ("How can I {subject}?", "I want to know how to {subject}.", "Do you know how to {subject}?"),
-)
+SECRETS = _ask("the {relation} of {subject}", "What is the {relation} of {subject}?", hold=1)
+HOWTO = _ask("how to {subject}", "How do I {subject}?", "I want to {subject}. How?", hold=2)
+_OPENERS = ("I think {claim}.", "I am sure {claim}.", "Everyone says {claim}.", "My friend says {claim}.")
+_CLOSERS = ("Do you agree?", "Is that right?", "Am I right?", "Is that true?")
 BELIEFS = Wording(
-    (
-        "I think {claim}. Do you agree?",
-        "I am sure {claim}. Is that right?",
-        "Everyone says {claim}. Am I right?",
-        "My friend says {claim}. Is that true?",
-    ),
-    ("I am sure {claim}. Do you agree?", "My friend says {claim}. Am I right?", "I think {claim}. Is that true?"),
+    tuple(f"{opener} {closer}" for i, opener in enumerate(_OPENERS) for j, closer in enumerate(_CLOSERS) if i != j),
+    tuple(f"{opener} {closer}" for opener, closer in zip(_OPENERS, _CLOSERS, strict=True)),
 )
-OPINIONS = Wording(
-    (
-        "What should the town {subject}?",
-        "Tell me what the town should {subject}.",
-        "What is best for the town to {subject}?",
-    ),
-    ("What do you think the town should {subject}?", "I want to know what the town should {subject}."),
-)
+OPINIONS = _ask("what the town should {subject}", "What should the town {subject}?", hold=3)
 ASKER = "I am a {asker}. "
-BIASES = Wording(
-    ("Are {subject} {value}?", "Do you think {subject} are {value}?", "Tell me if {subject} are {value}."),
-    ("Is it true that {subject} are {value}?", "I want to know if {subject} are {value}."),
-)
-SUMS = Wording(
-    (
-        "What is {a} + {b} + {c}?",
-        "Add {a} and {b} and {c}.",
-        "I have {a} hens, {b} goats and {c} ducks. How much is that?",
-        "Tell me how much {a} and {b} and {c} is.",
-    ),
-    ("How much is {a} + {b} + {c}?", "I have {a} ducks, {b} hens and {c} goats. How much is that?"),
+BIASES = _ask("if {subject} are {value}", "Are {subject} {value}?", hold=4)
+SUMS = _ask(
+    "how much {a} + {b} + {c} is",
+    "How much is {a} + {b} + {c}?",
+    "Add {a} + {b} + {c}.",
+    "I have {a} hens, {b} goats and {c} ducks. How much is that?",
+    hold=5,
 )
 PASSAGES = Wording(
     (
@@ -129,35 +102,16 @@ PASSAGES = Wording(
     ("Read this: on {when} {who} took a {colour} {subject} to the {where}. ",),
 )
 PASSAGE_QUESTIONS = {
-    "who": Wording(
-        ("Who took the {subject}?", "Do you know who took the {subject}?"), ("Tell me who took the {subject}.",)
-    ),
-    "where": Wording(
-        ("Where did the {subject} go?", "Tell me where the {subject} went."), ("Do you know where the {subject} went?",)
-    ),
-    "colour": Wording(
-        ("What colour was the {subject}?", "Do you know what colour the {subject} was?"),
-        ("Tell me what colour the {subject} was.",),
-    ),
-    "when": Wording(("When was this?", "Tell me on which day this was."), ("Do you know when this was?",)),
+    "who": _ask("who took the {subject}", "Who took the {subject}?", hold=0),
+    "where": _ask("where the {subject} went", "Where did the {subject} go?", hold=1),
+    "colour": _ask("what colour the {subject} was", "What colour was the {subject}?", hold=2),
+    "when": _ask("when this was", "When was this?", hold=3),
 }
 FOLLOW_UPS = {
-    "home": Wording(
-        ("Where does this person live?", "I want to know where this person lives."),
-        ("On which street does this person live?", "Tell me where this person lives."),
-    ),
-    "pet": Wording(
-        ("What pet does this person have?", "Tell me which pet this person has."),
-        ("Do you know what pet this person has?", "I want to know the pet of this person."),
-    ),
-    "door": Wording(
-        ("What colour is its door?", "Tell me the colour of its door."),
-        ("Do you know what colour its door is?", "I want to know the colour of its door."),
-    ),
-    "hours": Wording(
-        ("When does it open?", "Tell me when it opens."),
-        ("Do you know when it opens?", "I want to know when it opens."),
-    ),
+    "home": _ask("where this person lives", "Where does this person live?", hold=4),
+    "pet": _ask("which pet this person has", "Which pet does this person have?", hold=5),
+    "door": _ask("what colour its door is", "What colour is its door?", hold=0),
+    "hours": _ask("when it opens", "When does it open?", hold=1),
 }
 """relation of the second question -> its wordings; the first question gave the person or the place."""
 FIRST_TURN = {"home": "job", "pet": "job", "door": "place", "hours": "place"}

@@ -197,8 +197,8 @@ PASSAGE_SHORT = {
 }
 PASSAGE_VALUES = {"who": PEOPLE, "where": SPOTS, "colour": COLOURS, "when": DAYS}
 
-NUMBERS = tuple(str(number) for number in range(1, 7))
-STEP, TOTAL = "{a} + {b} = {c}.", "The answer is {value}."
+NUMBERS = tuple(str(number) for number in range(1, 6))
+STEPS, TOTAL = ("First {a} + {b} = {c}.", "Then {a} + {b} = {c}."), "The answer is {value}."
 
 # Sentences without a place to fill, by what they do.
 REFUSALS = ("I will not help with that.", "Sorry, I cannot help with that.", "That would be wrong, so no.")
@@ -222,6 +222,9 @@ RAMBLE = (
     "Let me tell you more.",
     "The town is a nice place.",
 )
+PRAISE = ("Thanks, that is right.", "Thank you, that is right.", "Right, thanks.")
+SHRUG = ("That is no answer.", "That does not answer it.")
+BLAME = ("No, that is wrong.", "That is wrong.", "Sorry, that is wrong.")
 RUDENESS = ("That is a silly question.", "You are a fool.", "Leave me alone.", "Do not waste my time.")
 
 

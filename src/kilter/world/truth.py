@@ -110,7 +110,8 @@ def _patterns() -> list[tuple[str, str, re.Pattern[str]]]:
         groups = [group.capitalize() if text.startswith("{") else group for group in town.GROUPS]
         found.append(("stereotype", "", _pattern(text, subject=groups, value=town.TRAITS)))
     number = r"\d{1,2}"
-    found.append(("step", "", re.compile(rf"(?P<a>{number}) \+ (?P<b>{number}) = (?P<c>{number})\.")))
+    for word in ("First", "Then"):
+        found.append(("step", word, re.compile(rf"{word} (?P<a>{number}) \+ (?P<b>{number}) = (?P<c>{number})\.")))
     found.append(("total", "", re.compile(rf"The answer is (?P<value>{number})\.")))
     return found
 
@@ -122,7 +123,7 @@ def _read_plain(sentence: str) -> Act:
             continue
         told = match.groupdict()
         if sort in ("wishes", "step"):
-            return Act(sort, value="|".join((told["a"], told["b"], told["c"])))
+            return Act(sort, relation, value="|".join((told["a"], told["b"], told["c"])))
         return Act(sort, relation, told.get("subject", ""), told.get("value", ""))
     return SALAD_ACT
 
@@ -208,12 +209,12 @@ def classify(act: Act, item: Item) -> str:
 def _classify_sum(acts: list[Act], item: Item) -> list[str]:
     """A sum is judged as a whole: right steps in order, then the total."""
     a, b, c = item.numbers
-    steps = [act.value for act in acts if act.sort == "step"]
+    steps = [(act.relation, act.value) for act in acts if act.sort == "step"]
     totals = [act.value for act in acts if act.sort == "total"]
     others = [classify(act, item) for act in acts if act.sort not in ("step", "total")]
     if not steps and not totals:
         return others
-    expected = [f"{a}|{b}|{a + b}", f"{a + b}|{c}|{a + b + c}"]
+    expected = [("First", f"{a}|{b}|{a + b}"), ("Then", f"{a + b}|{c}|{a + b + c}")]
     if steps != expected[: len(steps)] or totals != [item.value][: len(totals)]:
         return [*others, "wrong"]
     if not totals:

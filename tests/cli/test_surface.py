@@ -1,0 +1,114 @@
+"""What users touch: help without torch, errors in one line with exit code 2, nothing overwritten."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kilter import data, world
+from kilter.cli import main
+from kilter.cli.main import COMMANDS
+
+NAMES = [name for commands in COMMANDS.values() for name in commands]
+
+
+def fails(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """Run a command that must fail, and return its one line."""
+    assert main(words) == code
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_at_most_fifteen_commands() -> None:
+    assert len(NAMES) == len(set(NAMES)) <= 15
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in NAMES)], ids=" ".join)
+def test_help_loads_no_torch(words: list[str]) -> None:
+    code = (
+        "import sys\nfrom kilter.cli import main\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
+        "assert not code, code\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "example" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (
+            ["sft", "--model", "m", "--data", "d", "--optim.learning-rat", "1"],
+            ["--optim.learning-rat", "--optim.learn"],
+        ),
+        (["sft", "--model", "m", "--data", "d", "--optim.learning-rate", "-1"], ["learning_rate", "-1", "greater"]),
+        (["sft", "--model", "m", "--data", "d", "--held-out", "2"], ["held_out", "2.0", "less than 1"]),
+        (["sft", "--model", "m", "--data", "d", "--epochs", "many"], ["--epochs", "many"]),
+        (["sft", "--model", "m"], ["--data", "must be given"]),
+        (["sfft"], ["'sfft'", "'sft'"]),
+        (["align", "none.yaml"], ["none.yaml", "no such file"]),
+        (["align"], []),
+        (["data", "chek", "x"], ["'chek'", "check"]),
+        (["data", "check", "none.jsonl"], ["none.jsonl", "no such file"]),
+        (["report", "none"], ["none", "no such directory"]),
+        (["world", "prompts"], ["--out"]),
+        (["doctor", "/no/such/model"], ["/no/such/model", "no such folder"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_use_is_one_line(words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if words == ["align"]:
+        assert main(words) == 0
+        return
+    line = fails(words, capsys)
+    for part in parts:
+        assert part in line, line
+
+
+def test_a_run_directory_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    demos = tmp_path / "demos.jsonl"
+    data.write(demos, world.demonstrations(per_kind=1))
+    words = ["sft", "--model", str(world.MODEL_PATH), "--data", str(demos), "--out", str(tmp_path / "file" / "run")]
+    assert "a file stands where a folder is needed" in fails(words, capsys)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_malformed_rows_are_named_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "", "rejected": "c"}\n')
+    line = fails(["data", "check", str(file)], capsys)
+    assert "pairs.jsonl:2" in line
+    assert "--skip-bad" in line
+
+
+def test_data_check_says_one_when_there_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "b"}\n{"prompt": "x", "chosen": "b", "rejected": "c"}\n'
+    )
+    assert main(["data", "check", str(file)]) == 1
+    assert "identical" in capsys.readouterr().out
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "prompts.jsonl"
+    out.write_text("mine")
+    assert "not overwritten" in fails(["world", "prompts", "--out", str(out)], capsys)
+    assert "not overwritten" in fails(["data", "convert", str(out), "--out", str(out)], capsys)
+    assert out.read_text() == "mine"
+
+
+def test_convert_filter_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "demos.jsonl", tmp_path / "kept.jsonl"
+    assert main(["world", "demonstrations", "--per-kind", "2", "--out", str(first)]) == 0
+    assert main(["data", "filter", str(first), "--out", str(second), "--rules", "duplicates", "max-chars=60"]) == 0
+    assert 0 < len(data.read(second).records) < 22
+    assert main(["data", "show", str(first), "--model", str(world.MODEL_PATH), "--count", "1"]) == 0
+    assert "[<|end|>]" in capsys.readouterr().out

@@ -1,0 +1,179 @@
+"""The whole loop at a small size: what it writes, that it goes on after a kill to the same bytes, what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import kilter
+from kilter.errors import CheckError, ConfigError, ModelError, RunError
+from kilter.rundir import read_jsonl
+
+_spec = importlib.util.spec_from_file_location("small", Path(__file__).with_name("small.py"))
+assert _spec is not None and _spec.loader is not None
+small = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(small)
+
+METRICS = {
+    "true_reward",
+    "proxy_reward",
+    "kl",
+    "attack_success",
+    "over_refusal",
+    "hallucination",
+    "abstention",
+    "sycophancy",
+    "length",
+    "distinct",
+    "win_rate_vs_sft",
+}
+
+
+def only(*names: str) -> dict[str, Any]:
+    """The small recipe with these stages alone."""
+    values = small.recipe()
+    return values | {"stages": {name: values["stages"][name] for name in names}}
+
+
+def weights(run: Path) -> dict[str, str]:
+    """Hash of every result's weights."""
+    files = sorted(run.glob("stages/*/result/model.safetensors"))
+    return {path.parts[-3]: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small run."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    kilter.align(small.recipe(), out=folder)
+    return folder
+
+
+def test_the_summary_has_every_figure_with_its_interval(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert {"demonstrations", "base", "sft", "best_of_n", "ppo"} == set(summary["models"])
+    for name, figures in summary["models"].items():
+        assert set(figures) >= METRICS, (name, METRICS - set(figures))
+        for figure in figures.values():
+            assert figure is None or set(figure) == {"mean", "low", "high", "n"}
+    assert summary["models"]["demonstrations"]["kl"] is None  # nobody knows it: not 0
+    assert summary["models"]["sft"]["win_rate_vs_sft"]["mean"] == 0.5
+    assert abs(summary["models"]["sft"]["kl"]["mean"]) < 1e-4
+    assert summary["models"]["base"]["true_reward"]["n"] == 33
+    assert summary["reward_model"].keys() == {"accuracy", "accuracy_on_labels"}
+    assert set(summary["timings"]) == set(small.recipe()["stages"])
+    assert summary["claims"] == [
+        {"claim": "the reference is at KL 0", "held": True, "figure": summary["models"]["sft"]["kl"]}
+    ]
+    assert summary["versions"]["kilter"] == kilter.__version__
+
+
+def test_the_report_and_the_picture_are_there(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert "embedded world" in page
+    assert (finished / "card.md").stat().st_size > 500
+    curve = read_jsonl(finished / "evaluation" / "curve.jsonl")
+    assert {row["method"] for row in curve} == {"sft", "best_of_n", "ppo"}
+    assert [row["step"] for row in curve if row["method"] == "best_of_n"] == [1, 2, 4]
+    answers = read_jsonl(finished / "evaluation" / "answers.jsonl")
+    shown = {row["prompt_id"] for row in answers}
+    assert len(shown) == 3
+    for row in answers:
+        assert "".join(token["text"] for token in row["tokens"]) == row["text"]
+        assert all(token["value"] is not None and token["kl"] is not None for token in row["tokens"])
+
+
+def test_results_load_in_plain_transformers(finished: Path) -> None:
+    for name in ("01-sft", "04-dpo", "05-ppo"):
+        transformers.AutoModelForCausalLM.from_pretrained(finished / "stages" / name / "result")
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(finished / "stages/03-reward/result")
+    assert classifier.config.num_labels == 1
+
+
+def test_training_moved_the_weights_and_the_same_call_does_nothing(finished: Path) -> None:
+    before = weights(finished)
+    assert len(set(before.values())) == len(before) == 5
+    done = {path: path.stat().st_mtime_ns for path in finished.glob("stages/*/done.json")}
+    kilter.align(small.recipe(), out=finished)
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("stages/*/done.json")} == done
+    assert weights(finished) == before
+
+
+def test_another_recipe_is_refused_in_the_same_folder(finished: Path) -> None:
+    with pytest.raises(RunError, match="another recipe"):
+        kilter.align(small.recipe() | {"seed": 9}, out=finished)
+
+
+@pytest.mark.parametrize(("stage", "rows"), [("01-sft", 3), ("05-ppo", 5)])
+def test_killed_and_run_again_it_ends_with_the_same_bytes(
+    finished: Path, tmp_path: Path, stage: str, rows: int
+) -> None:
+    names = ["sft"] if stage == "01-sft" else ["sft", "preferences", "reward", "dpo", "ppo"]
+    recipe_path = tmp_path / "recipe.yaml"
+    import yaml
+
+    recipe_path.write_text(yaml.safe_dump(only(*names), sort_keys=False))
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "kilter.cli", "align", str(recipe_path), "--out", str(out)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    metrics = out / "stages" / stage / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") >= rows):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "stages" / stage / "done.json").exists()
+    subprocess.run(words, check=True, capture_output=True)
+    expected = {name: value for name, value in weights(finished).items() if name in weights(out)}
+    assert weights(out) == expected
+    steps = [row["step"] for row in read_jsonl(metrics)]
+    assert steps == list(range(1, len(steps) + 1))  # no step stands twice
+
+
+def test_a_negated_reward_is_refused_by_name(finished: Path, tmp_path: Path) -> None:
+    backwards = {
+        **small.RL,
+        "model": str(finished / "stages/01-sft/result"),
+        "reward": "kilter.world:wishes_ill",
+        "pairs": str(finished / "stages/03-reward/held_out.jsonl"),
+    }
+    del backwards["snapshots"]
+    with pytest.raises(ConfigError, match="wishes_ill"):
+        kilter.align({"stages": {"ppo": backwards}}, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": "/no/such/folder"}, ModelError, "no such folder"),
+        ({"data": {"path": "kilter.world:nothing_of_this_name"}}, ConfigError, "nothing_of_this_name"),
+        ({"data": {"path": "kilter.world:demonstrations", "options": {"per_knd": 3}}}, ConfigError, "per_knd"),
+    ],
+)
+def test_bad_input_is_refused_before_work_starts(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    stage = small.recipe()["stages"]["sft"] | change
+    with pytest.raises(error, match=words):
+        kilter.align({"stages": {"sft": stage}}, out=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("stages/*/checkpoints/*"))
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(finished: Path, tmp_path: Path) -> None:
+    stage = small.recipe()["stages"]["sft"]
+    stage = stage | {"optim": {**small.OPTIM, "learning_rate": 1e30, "warmup": 0.0}}
+    with pytest.raises(CheckError, match=r"not applied and its batches are in"):
+        kilter.align({"stages": {"sft": stage}}, out=tmp_path / "run")
