@@ -168,40 +168,38 @@ def train_sixty_steps(make: Any, folder: Path, result: Path) -> None:
     safetensors.torch.save_file(weights, result)
 
 
-def in_a_fork(function: Callable[[], None], seconds: float | None) -> bool:
-    """Runs a function in a fork of this process, killed after so many seconds; True when it came to its end."""
+def start_fork(function: Callable[[], None]) -> int:
+    """Runs a function in a fork of this process; returns its process id."""
     pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            function()
-            status = 0
-        finally:
-            traceback.print_exc()
-            os._exit(status)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    assert status in (0, signal.SIGKILL)
-    return status == 0
+    if pid:
+        return pid
+    status = 1
+    try:
+        function()
+        status = 0
+    finally:
+        traceback.print_exc()
+        os._exit(status)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_ten_random_moments_the_same_command_ends_with_the_same_bytes(make: Any, tmp_path: Path) -> None:
-    begin = time.monotonic()
-    assert in_a_fork(lambda: train_sixty_steps(make, tmp_path / "whole", tmp_path / "whole.safetensors"), None)
-    length = time.monotonic() - begin
+    def again(name: str = "killed") -> None:
+        train_sixty_steps(make, tmp_path / name, tmp_path / f"{name}.safetensors")
+
+    assert os.waitpid(start_fork(lambda: again("whole")), 0)[1] == 0
     rng = random.Random(0)
-
-    def again() -> None:
-        train_sixty_steps(make, tmp_path / "killed", tmp_path / "killed.safetensors")
-
-    steps = []
+    store = CheckpointStore(tmp_path / "killed")
+    kills = 0
     for _ in range(10):
-        if in_a_fork(again, rng.uniform(0.02, 0.25) * length):
-            break
-        steps.append(CheckpointStore(tmp_path / "killed").latest_step() or 0)
-    assert len(set(steps)) > 2, "the kills did not hit the run at different steps"
-    assert in_a_fork(again, None)
+        wanted = (store.latest_step() or 0) + rng.choice([0, 3, 3, 6])
+        pid = start_fork(again)
+        while (store.latest_step() or 0) < wanted and not (tmp_path / "killed.safetensors").exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))  # anywhere in a step, a write, a rename
+        os.kill(pid, signal.SIGKILL)
+        kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert kills >= 5
+    assert (store.latest_step() or 0) > 3
+    assert os.waitpid(start_fork(again), 0)[1] == 0
     assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
