@@ -63,13 +63,18 @@ def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
     assert subprocess.run(words, capture_output=True, check=False).returncode == 0
 
 
+def fill_and_fail(target: Path) -> None:
+    with write_folder(target) as folder:
+        (folder / "a").write_text("half")
+        raise ZeroDivisionError
+
+
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     target = tmp_path / "result"
     with write_folder(target) as folder:
         (folder / "a").write_text("old")
-    with pytest.raises(ZeroDivisionError), write_folder(target) as folder:
-        (folder / "a").write_text("half")
-        _ = 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fill_and_fail(target)
     assert (target / "a").read_text() == "old"
     with write_folder(target) as folder:
         (folder / "b").write_text("new")

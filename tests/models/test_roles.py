@@ -217,6 +217,19 @@ def test_adapter_targets_are_checked() -> None:
         add_adapter(model, "policy", LORA, torch.Generator())
 
 
+def test_adding_an_adapter_freezes_and_thaws_nothing() -> None:
+    """peft would freeze the model and the adapters that are there; who trains is not its business."""
+    model = trained_model("llama")
+    model.lm_head.weight.requires_grad_(False)
+    add_adapter(model, "policy", LORA, torch.Generator())
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert set(before.values()) == {True, False}
+    add_adapter(model, "value", LORA, torch.Generator())
+    after = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {name: after[name] for name in before} == before
+    assert all(after[name] for name in after.keys() - before.keys())
+
+
 def test_adapter_is_drawn_from_its_generator() -> None:
     found = []
     for seed in (0, 0, 1):

@@ -314,7 +314,7 @@ def test_unscored_answers_are_left_out_and_counted(make_trunk: Make, make_source
             self.num_scored = num_scored
 
         def score(self, samples: Sequence[Sample]) -> list[Score]:
-            return [Score(1.0 if at < self.num_scored else None) for at in range(len(samples))]
+            return [Score(0.0 if at < self.num_scored else None) for at in range(len(samples))]  # 0 is a score
 
     source = make_source(make_trunk(), scorer=Picky(5))  # of 8 prompts x 2: two whole, one half
     found = [row["ids"] for _ in range(2) for row in responses_of(source.next_step())]

@@ -16,7 +16,7 @@ from kilter.models.load import load_tokenizer
 from kilter.stages.doctor import examine
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 1152,
+    "vocab_size": len(load_tokenizer(world.MODEL_PATH)) + 4,  # some families' tokenizers add tokens of their own
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -83,6 +83,15 @@ def test_it_prints_verdicts_and_a_template_without_end_is_no_reason_to_fail(
     for word in ("both ways", "sign of the reward", "sign of the KL", "EOS unscored", "doubled BOS", "empty mask"):
         assert f"ok    {word}" in printed
     assert "0 failed" in printed
+
+
+def test_a_tokenizer_that_is_too_large_for_the_model_is_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "llama")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens([f"<more-{number}>" for number in range(9)])
+    tokenizer.save_pretrained(folder)
+    failed = [verdict for verdict in examine(str(folder)) if not verdict.passed]
+    assert [verdict.name for verdict in failed] == ["vocabulary"]
 
 
 def test_a_doubled_bos_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

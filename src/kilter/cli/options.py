@@ -71,9 +71,9 @@ _INVALID = r"Error parsing (\S+): \d+ validation errors? for \S+ (\S+) (.*?) \[t
 
 
 def _one_line(box: str, prog: str) -> str:
-    """tyro's boxed message as one line, without the help text of the option."""
-    lines = [re.sub(r"[│╭╮╰╯]", " ", line) for line in box.splitlines()]
-    parts = [" ".join(part.strip("─ ").split()) for part in re.split(r"─{4,}", "\n".join(lines))]
+    """tyro's boxed message as one line, without the option's help text. The box is ASCII where the terminal is."""
+    lines = [re.sub(r"[│╭╮╰╯|+]", " ", line) for line in box.splitlines()]
+    parts = [" ".join(part.strip("─- ").split()) for part in re.split(r"[─-]{4,}", "\n".join(lines))]
     text_of_box = " ".join(parts)
     unknown = next((part for part in parts if part.startswith("Unrecognized options: ")), "")
     missing = next((part for part in parts if part.startswith("Missing from")), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from kilter.errors import KilterError
 from kilter.models.build import policy_trunk
 from kilter.models.check import both_ways
 from kilter.models.generation import Sampling, generate
-from kilter.models.load import load_model, load_tokenizer
+from kilter.models.load import load_model, load_tokenizer, remove_dropout
 from kilter.models.save import sequence_classifier
 from kilter.models.trunk import Trunk
 from kilter.records import Message, Prompt
@@ -47,12 +48,16 @@ def examine(model: str, path: str | None = None) -> list[Verdict]:
     transformers.utils.logging.disable_progress_bar()
     tokenizer = load_tokenizer(model)
     loaded = load_model(model)
+    vocabulary = _vocabulary(loaded, tokenizer)
+    if not vocabulary.passed:
+        return [_machine(), vocabulary]  # the first forward would fail
     encoder = ChatEncoder(tokenizer)
     groups = _groups(encoder, tokenizer, path)
     batches = make_batches(groups, row_tokens=1024, batch_tokens=8192, pad_id=encoder.pad_id)
     trunk = policy_trunk(loaded, reference=True)
     return [
         _machine(),
+        vocabulary,
         *_tokenizer(encoder),
         check_scored(batches),
         check_end_scored(batches, encoder.stop_ids),
@@ -90,6 +95,17 @@ def _machine() -> Verdict:
     return Verdict("machine", True, value, "what the figures of a run depend on is saved with it")
 
 
+def _vocabulary(model: Any, tokenizer: Any) -> Verdict:
+    rows = model.get_input_embeddings().weight.shape[0]
+    return Verdict(
+        "vocabulary",
+        len(tokenizer) <= rows,
+        f"{len(tokenizer)} tokens, {rows} embeddings",
+        "every token of the tokenizer has an embedding",
+        "use the tokenizer that belongs to the model, or resize the model's embeddings",
+    )
+
+
 def _tokenizer(encoder: ChatEncoder) -> list[Verdict]:
     notes = "; ".join(encoder.notes) or "nothing special"
     return [
@@ -111,7 +127,7 @@ def _tokenizer(encoder: ChatEncoder) -> list[Verdict]:
 
 
 def _dropout(model: Any) -> Verdict:
-    found = model.kilter_dropout
+    found = remove_dropout(copy.deepcopy(model.kilter_origin))  # what it was published with
     value = ", ".join(f"{name} {rate:g}" for name, rate in found.items()) or "none published"
     active = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
     return Verdict(
