@@ -187,12 +187,8 @@ def weights_hash(model: Any) -> str:
     """
     if isinstance(model, str | Path):
         model = load_model(model)
-    seen: set[int] = set()
     rows: list[bytes] = []
     for name, value in sorted(trunk_tensors(model).items()):
-        if value.data_ptr() in seen:
-            continue
-        seen.add(value.data_ptr())
         digest = hashlib.sha256(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.float().contiguous().cpu().numpy().data)
         rows.append(digest.digest())
@@ -200,7 +196,7 @@ def weights_hash(model: Any) -> str:
 
 
 def trunk_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a model under the names they have without adapters, detached."""
+    """The parameters of a model, each once, under the names they have without adapters, detached."""
     named = {name.replace(".base_layer.", "."): value for name, value in model.named_parameters()}
     return {name: whole(value.detach()) for name, value in named.items() if ".lora_" not in name}
 
