@@ -71,6 +71,7 @@ def test_a_loss_over_single_responses_is_one_function_too(
 
     assert table["thumbs"].inputs == ("logps", "ref_logps", "desirable", "kl")
     assert table["thumbs"].needs_reference
+    assert not table["thumbs"].length_normalized
     assert bind("thumbs", {"beta": 2.0})(*torch.tensor([[-1.0], [-1.0], [1.0], [0.0]])).item() == 0.5
     assert unusual("thumbs", {"beta": 2.0}) == ["loss.beta is 2; usual for 'thumbs' is 0 to 1"]
     for wrong, message in (({"beta": -1.0}, "loss.beta is -1.0"), ({"gamma": 1.0}, "it takes beta")):

@@ -310,6 +310,19 @@ def test_early_stop_ends_with_the_best_weights(make: Any, tmp_path: Path) -> Non
     assert torch.equal(weights(again), seen[6])
 
 
+def test_an_evaluation_that_is_no_number_is_never_the_best() -> None:
+    stopper = EarlyStop("eval/loss", patience=3)
+    assert [
+        stopper.update(step, {"eval/loss": value}) for step, value in enumerate([math.nan, -1.0, math.nan, -2.0])
+    ] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert (stopper.best, stopper.best_step, stopper.waited) == (-2.0, 3, 0)
+
+
 def test_early_stop_can_want_more(make: Any) -> None:
     stopper = EarlyStop("eval/accuracy", patience=1, higher_is_better=True)
     assert stopper.update(1, {"eval/accuracy": 0.5})

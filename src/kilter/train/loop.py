@@ -196,7 +196,8 @@ class EarlyStop:
                 f"early stop: evaluations give no {self.metric!r}; choose one of {', '.join(sorted(figures))}"
             )
         value = figures[self.metric]
-        better = self.best is None or (value > self.best if self.higher_is_better else value < self.best)
+        gain = value - (self.best or 0.0) if self.higher_is_better else (self.best or 0.0) - value
+        better = math.isfinite(value) and (self.best is None or gain > 0)
         if better:
             self.best, self.best_step, self.waited = value, step, 0
         else:
