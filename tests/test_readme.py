@@ -27,7 +27,7 @@ def home(tmp_path: Path) -> Path:
 
     (tmp_path / "MODEL").symlink_to(world.MODEL_PATH)
     data.write(tmp_path / "demos.jsonl", world.demonstrations(per_kind=3))
-    prompts = world.prompts("train", per_kind=4)
+    prompts = world.prompts("train", per_kind=16)
     texts = [[world.oracle(prompt), "I do not know. " * 3] for prompt in prompts]
     judged = world.panel(seed=0, noise=0.0, tie_rate=0.0).rank(prompts, texts)
     data.write(tmp_path / "pairs.jsonl", judged)

@@ -35,7 +35,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "preferences": {
             "stage": "collect",
             "model": "sft",
-            "prompts": PROMPTS,
+            "prompts": {**PROMPTS, "options": {"split": "train", "per_kind": 16}},
             "annotator": {"path": "kilter.world:panel", "options": {"noise": 0.0, "tie_rate": 0.0}},
             "truth": "kilter.world:true_reward",
             "num_samples": 3,
@@ -47,10 +47,16 @@ def recipe(**changes: Any) -> dict[str, Any]:
             "data": "preferences",
             "truth": "kilter.world:true_reward",
             "held_out": 0.3,
-            "epochs": 4,
+            "epochs": 5,
+            "optim": {**OPTIM, "batch_size": 16, "checkpoint_every": 20},
+        },
+        "dpo": {
+            "stage": "prefer",
+            "model": "sft",
+            "data": {"path": "preferences", "limit": 40},
+            "snapshots": 1,
             "optim": OPTIM,
         },
-        "dpo": {"stage": "prefer", "model": "sft", "data": "preferences", "snapshots": 1, "optim": OPTIM},
         "ppo": {**RL, "ppo": {"kl_coef": 0.1}},
         "ppo_without_kl": {
             **RL,
