@@ -249,6 +249,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(at: int, make_trunk: Make, make_s
     assert str(whole[2]) == str(again[2])
 
 
+def test_a_source_that_goes_on_has_its_figures_before_the_next_rollout(make_trunk: Make, make_source: Make) -> None:
+    source, other = make_source(make_trunk()), make_source(make_trunk(), seed=5)
+    source.next_step()
+    other.load_state_dict(source.state_dict())
+    assert other.figures == source.figures and other.figures["rollout/samples"] == 16
+    assert str(other.state_dict()) == str(source.state_dict())
+    assert responses_of(other.next_step()) == responses_of(source.next_step())
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(make_trunk: Make, make_source: Make) -> None:
     first, again, other = (make_source(make_trunk(), seed=seed).next_step()[0] for seed in (0, 0, 1))
     assert torch.equal(first.tree.tokens, again.tree.tokens)
@@ -335,8 +344,9 @@ def test_stop_when_sees_each_rollout_and_its_reason_is_kept(make_trunk: Make, ma
     for _ in range(4):
         source.next_step()
     assert source.stopped is None
-    source.next_step()
-    assert source.stopped == "no longer a sentence" and seen == [16, 16]
+    for _ in range(5):
+        source.next_step()
+    assert source.stopped == "no longer a sentence" and seen == [16, 16]  # asked no more
     assert source.state_dict()["stopped"] == source.stopped
 
 
