@@ -148,7 +148,7 @@ class LossConfig(Model):
     usual: ClassVar[Mapping[str, tuple[float, float]]] = {"beta": (0.01, 1.0), "label_smoothing": (0, 0.4)}
 
     name: str = "dpo"
-    """Name of the loss; `kilter prefer --list-losses` prints them with their formulas."""
+    """Name of a registered pair loss."""
     beta: Annotated[float, Field(gt=0)] | None = None
     """Pull towards the reference, per nat. 0.05 to 0.5 is usual."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
