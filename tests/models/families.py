@@ -104,7 +104,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PACKED = [name for name in CONFIGS if name not in ("bloom", "mamba")]
 UNROLLED = ["bloom", "mamba"]
-SCALES = {"opt": 1.0, "mamba": 1.0}  # above, their own float32 noise against float64 passes the bound of the tests
+SCALES = {"opt": 0.7, "mamba": 1.0}  # above, their own float32 noise against float64 passes the bound of the tests
 
 
 def config_of(family: str) -> Any:
