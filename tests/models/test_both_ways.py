@@ -18,7 +18,7 @@ from kilter.models.check import both_ways
 from kilter.models.load import load_model
 from kilter.models.roles import Lora
 from kilter.models.trunk import Trunk
-from kilter.tree import TokenTree
+from kilter.tree import TokenTree, size
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,13 @@ def test_every_role_passes(family: str, folders: dict[str, Path]) -> None:
     assert both_ways(trunk, some_groups(4), "reward").found.gap < 2e-5
 
 
-def leak(monkeypatch: pytest.MonkeyPatch) -> None:
+def leak(monkeypatch: pytest.MonkeyPatch, *, beyond: int = 0) -> None:
+    """Lets every token see what stands before it in the row, in rows longer than `beyond`."""
     right = trunk_module.tree_masks
 
     def leaked(tree: TokenTree, kinds, dtype):
+        if tree.tokens.shape[1] <= beyond:
+            return right(tree, kinds, dtype)
         fields = {name: getattr(tree, name) for name in TokenTree.__slots__}
         return right(TokenTree(**fields | {"ancestors": torch.ones_like(tree.ancestors)}), kinds, dtype)
 
@@ -78,6 +81,36 @@ def test_leaked_mask_falls_back_by_name(
     with pytest.raises(CheckError, match="leaked mask"):
         both_ways(trunk, some_groups(5), "policy", strict=True)
     assert trunk.layout == "packed"
+
+
+def test_wrong_gradient_behind_right_numbers_is_refused(folders: dict[str, Path]) -> None:
+    trunk = policy_trunk(load_model(folders["llama"]))
+
+    def doubled(_module, _args, output):
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden + (hidden - hidden.detach())
+        return output
+
+    trunk.models["policy"].model.register_forward_hook(doubled)
+    with pytest.raises(CheckError, match=r"gradient by [0-9.]+e[+-]0[0-9] "):
+        both_ways(trunk, some_groups(5), "policy")
+
+
+def test_the_real_batch_is_looked_at(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that the made-up groups, of 69 tokens a row, do not show."""
+    leak(monkeypatch, beyond=69)
+    trunk = policy_trunk(load_model(folders["llama"]))
+    assert both_ways(trunk, [], "policy").layout == "packed"
+    assert both_ways(trunk, some_groups(12), "policy").layout == "unrolled"
+
+
+def test_few_of_many_groups_are_looked_at(folders: dict[str, Path]) -> None:
+    """The longest and the first, as far as the tokens go."""
+    groups = some_groups(40)
+    longest = max(groups, key=size)
+    assert check_module._some(groups, 60)[0] == longest
+    assert 1 < len(check_module._some(groups, 60)) < 10
+    assert len(check_module._some(groups, 10**6)) == 40 and check_module._some(groups, 1) == [longest]
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "qwen3_moe"])

@@ -135,6 +135,16 @@ def test_scores_are_the_same_in_transformers(special: dict[str, str], tmp_path: 
     torch.testing.assert_close(loaded, ours, rtol=1e-6, atol=1e-6)
 
 
+def test_reward_model_is_published_with_its_dropout(tmp_path: Path) -> None:
+    untouched_model("gpt2").save_pretrained(tmp_path / "base")
+    trunk = reward_trunk(tmp_path / "base", generator=torch.Generator().manual_seed(0))
+    save_reward_model(trunk, "reward", tmp_path / "result", tokenizer_with(eos_token="t2", pad_token="t0"))
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "result").attn_pdrop == 0.1
+    again = load_reward_model(tmp_path / "result")
+    save_reward_model(again, "reward", tmp_path / "again", tokenizer_with(eos_token="t2", pad_token="t0"))
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "again").attn_pdrop == 0.1
+
+
 @pytest.mark.parametrize("family", REWARDED)
 def test_every_family_saves_a_reward_model(family: str, tmp_path: Path) -> None:
     untouched_model(family).save_pretrained(tmp_path / "base")
@@ -171,9 +181,12 @@ def test_adapter_reward_model_is_merged_and_kept(tmp_path: Path) -> None:
     torch.testing.assert_close(scores_in_transformers(tmp_path / "result", groups, "right"), ours, rtol=1e-4, atol=1e-4)
     shared = ppo_trunk(tmp_path / "base", tmp_path / "result", lora=Lora(2), generator=generator)
     apart = ppo_trunk(tmp_path / "base", tmp_path / "result", generator=generator)
+    untouched_model("qwen3", seed=1).save_pretrained(tmp_path / "other")
+    two = ppo_trunk(tmp_path / "other", tmp_path / "result", lora=Lora(2), generator=generator)
     assert list(shared.models) == ["policy"] and list(apart.models) == ["policy", "reference", "value"]
+    assert list(two.models) == ["policy", "value"]  # trained on another trunk: an adapter on the reward model itself
     with torch.no_grad():
-        for other in (shared, apart):
+        for other in (shared, apart, two):
             values = other(make_tree([groups]), {"value": "rewards"})["value"]
             torch.testing.assert_close(values, ours, rtol=1e-4, atol=1e-4)
 

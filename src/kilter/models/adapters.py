@@ -86,6 +86,12 @@ def is_writer() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def trained_on(folder: Path) -> str | None:
+    """The hash of the trunk that the adapter in a folder was trained on; None: no adapter of Kilter's is there."""
+    about = folder / "kilter.json"
+    return json.loads(about.read_text(encoding="utf-8")).get("trunk") if about.is_file() else None
+
+
 def load_adapter(trunk: Trunk, role: str, folder: str | Path, *, model: str, adapter: str | None = None) -> None:
     """Puts a saved adapter (and its head) on a model of the trunk, as a new role.
 
@@ -101,11 +107,10 @@ def load_adapter(trunk: Trunk, role: str, folder: str | Path, *, model: str, ada
     for file in ("kilter.json", "adapter_config.json", WEIGHTS):
         if not (folder / file).is_file():
             raise ModelError(f"{folder}: no {file} in it; give a folder that holds an adapter saved by Kilter")
-    trained_on = json.loads((folder / "kilter.json").read_text(encoding="utf-8")).get("trunk")
-    here = weights_hash(base)
-    if trained_on != here:
+    there, here = trained_on(folder), weights_hash(base)
+    if there != here:
         raise ModelError(
-            f"{folder}: this adapter was trained on the trunk {str(trained_on)[:12]}, and here it would go on "
+            f"{folder}: this adapter was trained on the trunk {str(there)[:12]}, and here it would go on "
             f"{here[:12]}; load the model it was trained on, or use the merged model beside it"
         )
     config = peft.LoraConfig.from_pretrained(str(folder))

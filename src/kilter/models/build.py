@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from kilter.errors import ModelError
-from kilter.models.adapters import load_adapter
+from kilter.models.adapters import load_adapter, trained_on
 from kilter.models.heads import ScalarHead
-from kilter.models.load import load_classifier, load_config, load_model
+from kilter.models.load import load_classifier, load_config, load_model, origin_config, weights_hash
 from kilter.models.roles import Lora, Role, add_adapter, base_parameters
 from kilter.models.save import sequence_classifier
-from kilter.models.trunk import Trunk, decoder, hidden_size
+from kilter.models.trunk import Trunk, hidden_size
 
 Source = Any
 """A loaded Hugging Face model, or the folder or hub name of one."""
@@ -76,7 +76,7 @@ def reward_trunk(
         adapter = "reward"
         _freeze_with_adapter(model, adapter, lora, generator)
     role = Role("reward", adapter, "reward")
-    held = decoder(model) if lora is None else model
+    held = without_head(model) if lora is None else model
     return Trunk({"reward": held}, {"reward": role}, {"reward": head}, compute_dtype=compute_dtype)
 
 
@@ -99,11 +99,8 @@ def load_reward_model(folder: str | Path, *, compute_dtype: torch.dtype | None =
     head = ScalarHead(score.in_features)
     with torch.no_grad():
         head.weight.copy_(score.weight)
-    backbone = model.base_model
-    backbone.kilter_origin = model.kilter_origin
-    return Trunk(
-        {"reward": backbone}, {"reward": Role("reward", None, "reward")}, {"reward": head}, compute_dtype=compute_dtype
-    )
+    role = Role("reward", None, "reward")
+    return Trunk({"reward": without_head(model)}, {"reward": role}, {"reward": head}, compute_dtype=compute_dtype)
 
 
 def ppo_trunk(
@@ -135,11 +132,11 @@ def ppo_trunk(
         head = ScalarHead(hidden_size(model))
         if lora is None:
             role = Role("value", None, "value")
-            trunk.add_model("value", copy.deepcopy(decoder(model)))
+            trunk.add_model("value", copy.deepcopy(without_head(model)))
         else:
             role = Role("policy", "value", "value")
             _freeze_with_adapter(model, "value", lora, generator)
-    elif lora is not None and (Path(reward) / "adapter").is_dir():
+    elif lora is not None and trained_on(Path(reward) / "adapter") == weights_hash(model):
         load_adapter(trunk, "value", Path(reward) / "adapter", model="policy")
         return trunk
     else:
@@ -152,6 +149,13 @@ def ppo_trunk(
         head = cast(ScalarHead, scorer.heads["reward"])
     trunk.add_role("value", role, head)
     return trunk
+
+
+def without_head(model: Any) -> Any:
+    """The decoder of a model, which remembers the configuration that the model was published with."""
+    bare = model.base_model
+    bare.kilter_origin = origin_config(model)
+    return bare
 
 
 def _loaded(model: Source) -> Any:

@@ -26,7 +26,7 @@ from kilter.models.heads import target_logprobs
 from kilter.models.load import origin_config, plain_model
 from kilter.models.roles import plain_tensors
 from kilter.models.trunk import Trunk, decoder
-from kilter.tree import Group, Response, make_tree
+from kilter.tree import Group, Response, make_tree, size
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,14 @@ class Found:
     gradient_gap_allowed: float
 
     @property
+    def line(self) -> str:
+        """The gaps and what is allowed."""
+        numbers = f"numbers differ by {self.gap:.1e} (allowed {self.gap_allowed:.1e})"
+        if self.gradient_gap is None:
+            return numbers
+        return f"{numbers}, gradient by {self.gradient_gap:.1e} (allowed {self.gradient_gap_allowed:.1e})"
+
+    @property
     def within(self) -> bool:
         """Whether both are allowed; a NaN is not."""
         gradient_fits = self.gradient_gap is None or self.gradient_gap <= self.gradient_gap_allowed
@@ -73,20 +81,17 @@ class BothWays:
     @property
     def line(self) -> str:
         """The finding in one line."""
-        gradient = "" if self.found.gradient_gap is None else f", gradient within {self.found.gradient_gap:.1e}"
-        text = (
-            f"role {self.role!r}, {self.layout}: numbers within {self.found.gap:.1e} of the untouched model's{gradient}"
-        )
+        text = f"role {self.role!r}, {self.layout}, against the untouched model: {self.found.line}"
         return text if self.fault is None else f"{text}; packing refused ({self.fault}): one padded row per response"
 
 
 def both_ways(
-    trunk: Trunk, groups: Sequence[Group], role: str, *, strict: bool = False, max_groups: int = 8
+    trunk: Trunk, groups: Sequence[Group], role: str, *, strict: bool = False, max_tokens: int = 2048
 ) -> BothWays:
     """Compares a role with the untouched model and sets `trunk.layout` to what gives its numbers.
 
     Args:
-        groups: of the first real batch; the longest and the first ones are looked at.
+        groups: of the first real batch; the longest and the first ones are looked at, `max_tokens` in all.
         strict: refuse where packing is wrong instead of falling back.
     Raises:
         CheckError: dropout is on, the head is not the model's, or even unpacked rows differ; with `strict`, any fault.
@@ -96,7 +101,7 @@ def both_ways(
         refuse_lost_attention_softcap(trunk, role)
         pair = Pair(trunk, role)
         pair.refuse_head()
-        probes = [made_up_groups(pair.vocab_size), _some(groups, max_groups)]
+        probes = [made_up_groups(pair.vocab_size), _some(groups, max_tokens)]
         fault = None
         if trunk.layout == "packed":
             try:
@@ -115,9 +120,8 @@ def both_ways(
         report = BothWays(role, "unrolled", pair.measure(probes), fault=fault)
         if not report.found.within:
             raise CheckError(
-                f"role {role!r}: even one padded row per response differs from the model's own numbers by "
-                f"{report.found.gap:.1e} (allowed {report.found.gap_allowed:.1e}); Kilter does not know "
-                f"{type(pair.model).__name__} well enough to train it; use another model"
+                f"role {role!r}: even one padded row per response differs from the model's own: {report.found.line}; "
+                f"Kilter does not know {type(pair.model).__name__} well enough to train it; use another model"
             )
         if fault is not None:
             log.warning("%s", report.line)
@@ -135,11 +139,18 @@ def made_up_groups(vocab_size: int, *, window: int = SHORT_WINDOW, longer: bool 
     return [Group(ids(prompt - i), tuple(Response(ids(answer - j)) for j in range(1 + i))) for i in range(3)]
 
 
-def _some(groups: Sequence[Group], max_groups: int) -> list[Group]:
+def _some(groups: Sequence[Group], max_tokens: int) -> list[Group]:
     """The longest group and the first ones: enough to see a fault, few enough to cost little."""
-    longest = max(groups, key=lambda group: max(len(r.ids) for r in group.responses) + len(group.prompt), default=None)
-    kept = list(groups[: max_groups - 1])
-    return kept if longest is None or longest in kept else [*kept, longest]
+    order = sorted(range(len(groups)), key=lambda i: (-size(groups[i]), i))[:1]
+    order += [i for i in range(len(groups)) if i not in order]
+    kept: list[Group] = []
+    tokens = 0
+    for i in order:
+        tokens += size(groups[i])
+        if kept and tokens > max_tokens:
+            break
+        kept.append(groups[i])
+    return kept
 
 
 @contextmanager
