@@ -86,7 +86,7 @@ class BothWays:
 
 
 def both_ways(
-    trunk: Trunk, groups: Sequence[Group], role: str, *, strict: bool = False, max_tokens: int = 2048
+    trunk: Trunk, groups: Sequence[Group], role: str, *, strict: bool = False, max_tokens: int = 1024
 ) -> BothWays:
     """Compares a role with the untouched model and sets `trunk.layout` to what gives its numbers.
 
