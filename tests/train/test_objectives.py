@@ -47,6 +47,7 @@ def batch_of(lengths: Sequence[Sequence[int]], ranks: Sequence[Sequence[float]],
 
 
 def figures(out: LossOutput) -> dict[str, float]:
+    assert not any(value.requires_grad for value, _ in out.metrics.values())
     return {name: float(value) / float(weight) for name, (value, weight) in out.metrics.items()}
 
 
@@ -130,6 +131,20 @@ def test_a_length_normalised_loss_without_reference(monkeypatch: pytest.MonkeyPa
     assert figures(out)["logps/chosen"] == pytest.approx((-3 - 5) / 2)
 
 
+def test_all_four_log_probs_are_normalised_by_their_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PAIR_LOSSES, "sums", None)  # type: ignore[arg-type]
+    del PAIR_LOSSES["sums"]
+
+    @pair_loss("sums", length_normalized=True)
+    def sums(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
+        return chosen + 10 * rejected + 100 * ref_chosen + 1000 * ref_rejected
+
+    batch = batch_of([[3, 2]], [[1, 0]], ref_logprobs=[-1.0, -2.0, -3.0, -1.0, -0.5])
+    out = objectives.pair("sums")(Scripted(policy=[-3.0, -3.0, -1.5, -2.0, -4.0]), batch)
+    assert out.terms["sums"][0].item() == pytest.approx(-3 - 10 * 2.5 - 100 * 0.75 - 1000 * 2, abs=1e-3)
+    assert figures(out)["rewards/rejected"] == pytest.approx(-2.5 + 2)  # without beta a reward is the log-ratio
+
+
 def test_what_a_user_gets_wrong_is_named() -> None:
     with pytest.raises(ConfigError, match=r"loss.name is 'dpoo'"):
         objectives.pair("dpoo")
@@ -165,38 +180,50 @@ def test_reward_model_by_hand() -> None:
 
 
 def test_reward_model_without_centring_and_with_margins() -> None:
-    batch = batch_of([[1, 1]], [[0, 1]])  # margins 0 and 2 on the responses
+    batch = batch_of([[1, 1]], [[3, 1]])  # margins 6 and 2 on the responses
     out = objectives.reward_model(centring_coef=0, margin_coef=0.25)(Scripted(reward=[1.0, 0.5]), batch)
     assert list(out.terms) == ["bradley_terry"]
-    assert out.terms["bradley_terry"][0].item() == pytest.approx(-log_sigmoid(0.5 - 0.5), abs=1e-6)
+    assert out.terms["bradley_terry"][0].item() == pytest.approx(-log_sigmoid(-0.5 - 0.25 * 4), abs=1e-6)
+
+
+def test_defaults_and_who_trains() -> None:
+    assert objectives.ppo() == objectives.Ppo(0.2, 0.2, 0.5, "policy", "value") == objectives.Ppo()
+    assert objectives.reward_model() == objectives.RewardModel(0.01, 0.0, "reward") == objectives.RewardModel()
+    assert objectives.ppo().roles == ("policy", "value")
+    assert objectives.ppo(value=None).roles == objectives.pair().roles == objectives.sft().roles == ("policy",)
+    assert objectives.reward_model().roles == ("reward",)
 
 
 def test_ppo_by_hand() -> None:
     old = [-1.0, -2.0, -1.0]
-    new = [-1.0 + math.log(1.5), -2.0 + math.log(0.9), -1.0 + 30]
+    new = [-1.0 + math.log(0.7), -2.0 + math.log(0.5), -1.0 + 30]
     batch = batch_of(
         [[2], [1]],
         [[0], [0]],
         old_logprobs=old,
-        advantages=[2.0, -1.0, -0.5],
-        old_values=[0.0, 1.0, 0.5],
-        returns=[1.0, 0.0, 2.0],
+        advantages=[-2.0, -1.0, -0.5],
+        old_values=[1.0, 1.0, 0.5],
+        returns=[1.5, 0.0, 3.0],
     )
     out = objectives.ppo(vf_coef=0.1)(Scripted(policy=new, value=[0.5, 0.9, 0.5]), batch)
-    assert out.terms["policy"][0].item() == pytest.approx(-2 * 1.2 + 0.9 + 0.5 * math.exp(20), rel=1e-9)
-    # value 0.5 moved too far from 0: judged at 0.2; the other two did not
-    assert out.terms["value"][0].item() == pytest.approx(0.1 * 0.5 * (0.8**2 + 0.9**2 + 1.5**2), abs=1e-9)
+    assert out.terms["policy"][0].item() == pytest.approx(2 * 0.8 + 0.8 + 0.5 * math.exp(20), rel=1e-9)
+    # value 0.5 moved too far from 1, and away from the return: it counts as it is; the other two moved less
+    assert out.terms["value"][0].item() == pytest.approx(0.1 * 0.5 * (1.0**2 + 0.9**2 + 2.5**2), abs=1e-9)
     assert {unit for _, unit in out.terms.values()} == {"tokens"}
     got = figures(out)
-    assert got["policy/clip_fraction"] == pytest.approx(1 / 3)
+    assert got["policy/clip_fraction"] == pytest.approx(2 / 3)
     assert got["policy/clamp_fraction"] == pytest.approx(1 / 3)
-    assert got["policy/ratio"] == pytest.approx((1.5 + 0.9 + math.exp(20)) / 3)
-    k3 = [1.5 - 1 - math.log(1.5), 0.9 - 1 - math.log(0.9), math.exp(20) - 1 - 20]
+    assert got["policy/surprisal"] == pytest.approx(-sum(new) / 3)
+    assert got["advantages/mean"] == pytest.approx(-3.5 / 3)
+    assert got["values/mean"] == pytest.approx(1.9 / 3)
+    assert got["returns/mean"] == pytest.approx(1.5)
+    assert got["policy/ratio"] == pytest.approx((0.7 + 0.5 + math.exp(20)) / 3)
+    k3 = [0.7 - 1 - math.log(0.7), 0.5 - 1 - math.log(0.5), math.exp(20) - 1 - 20]
     assert got["policy/approx_kl"] == pytest.approx(sum(k3) / 3)
     assert got["values/clip_fraction"] == pytest.approx(1 / 3)
     done = objectives.ppo().finish(got)
-    error = torch.tensor([0.5, -0.9, 1.5])
-    explained = 1 - error.var(correction=0) / torch.tensor([1.0, 0.0, 2.0]).var(correction=0)
+    error = torch.tensor([1.0, -0.9, 2.5])
+    explained = 1 - error.var(correction=0) / torch.tensor([1.5, 0.0, 3.0]).var(correction=0)
     assert done["values/explained_variance"] == pytest.approx(explained.item(), abs=1e-6)
     assert not {"values/error", "values/error_square", "returns/square"} & done.keys()
 
@@ -243,25 +270,49 @@ def thumbs_batch(mismatched: Sequence[float] = (0, 1, 0, 1)) -> Batch:
 
 
 def test_single_responses_by_hand(thumbs: None) -> None:
-    """Log-ratios 1, 0.5, -1, -2; the second and the fourth are mismatched, the first is desired, the third is not."""
-    objective = objectives.unpaired("thumbs", {"beta": 2.0})
-    trunk = Scripted(policy=PAIR_LOGPROBS)
+    """Log-ratios 1, 0.5, -1, -2 or 2; the second and fourth are mismatched, the first is desired, the third is not."""
+    objective = objectives.unpaired("thumbs", {"beta": 3.0})
     for ratios, kl in (([0.5, -2.0], 0.0), ([0.5, 2.0], 1.25)):
         logprobs = [*PAIR_LOGPROBS[:4], *(torch.tensor(PAIR_REFERENCE[4:]) + ratios[1] / 3).tolist()]
         trunk = Scripted(policy=logprobs)
         (batch,) = objective.prepare(trunk, [thumbs_batch()])
         assert batch.extras["kl"].item() == pytest.approx(kl)
         out = objective(trunk, batch)
-        expected = -1 / (1 + math.exp(-2 * (1 - kl))) + 1 / (1 + math.exp(-2 * (-1 - kl)))
+        expected = -1 / (1 + math.exp(-3 * (1 - kl))) + 1 / (1 + math.exp(-3 * (-1 - kl)))
         assert out.terms["thumbs"][0].item() == pytest.approx(expected, abs=1e-6)
         assert out.terms["thumbs"][1] == "prompts"
         assert figures(out) == pytest.approx(
-            {"rewards/desirable": 2.0, "rewards/undesirable": -2.0, "kl/mismatched": kl}, abs=1e-6
+            {"rewards/desirable": 3.0, "rewards/undesirable": -3.0, "kl/mismatched": kl}, abs=1e-6
         )
         out.terms["thumbs"][0].backward()
         grad = trunk.answers["policy"].grad
         assert grad is not None
         assert grad[2] == 0 and (grad[4:] == 0).all() and (grad[:2] != 0).all() and grad[3] != 0
+
+
+@pytest.mark.parametrize(("mismatched", "kl"), [((0, 1, 0, 0), 0.5), ((0, 0, 0, 0), 0.0)])
+def test_the_baseline_of_one_mismatched_response_and_of_none(
+    mismatched: Sequence[float], kl: float, thumbs: None
+) -> None:
+    batch = thumbs_batch(mismatched)
+    (batch,) = objectives.unpaired("thumbs").prepare(Scripted(policy=PAIR_LOGPROBS), [batch])
+    assert batch.extras["kl"].item() == pytest.approx(kl)
+
+
+def test_single_responses_without_baseline_normalised_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(UNPAIRED_LOSSES, "plain", None)  # type: ignore[arg-type]
+    del UNPAIRED_LOSSES["plain"]
+
+    @unpaired_loss("plain", length_normalized=True)
+    def plain(logps: Tensor, ref_logps: Tensor, desirable: Tensor, tokens: Tensor) -> Tensor:
+        return logps + 10 * ref_logps + 100 * desirable + 1000 * tokens
+
+    objective = objectives.unpaired("plain")
+    batch = batch_of([[2], [3]], [[0], [0]], desirable=[1.0, 0.0], ref_logprobs=[-1.0, -2.0, -3.0, -1.0, -0.5])
+    assert objective.prepare(Scripted(policy=[0.0]), [batch]) == [batch]
+    out = objective(Scripted(policy=[-3.0, -4.0, -1.0, -2.0, -4.5]), batch)
+    assert out.terms["plain"][0].item() == pytest.approx(-3.5 - 2.5 - 10 * (1.5 + 1.5) + 100 + 5000, abs=1e-3)
+    assert figures(out) == pytest.approx({"rewards/desirable": -2.0, "rewards/undesirable": -1.0})
 
 
 def test_the_baseline_is_one_for_the_whole_step(thumbs: None, make: Any) -> None:
