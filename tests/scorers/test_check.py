@@ -39,13 +39,19 @@ def pairs(num_pairs: int) -> list[PreferencePair]:
 
 def test_a_good_scorer_passes_with_its_interval() -> None:
     found = check_scorer(Fixed(70), pairs(100))
-    assert found.passed and found.accuracy.mean == 0.7 and found.accuracy.n == 100
+    assert found.passed and found.sure and found.accuracy.mean == 0.7 and found.accuracy.n == 100
     assert found.accuracy.low == pytest.approx(0.6042, abs=1e-4)  # Wilson's for 70 of 100
     assert found.unscored == 0 and found.scorer == "fixed"
 
 
-@pytest.mark.parametrize("right", [59, 50, 30])
-def test_a_scorer_not_surely_above_chance_is_refused_by_name(right: int) -> None:
+def test_a_scorer_above_chance_by_chance_perhaps_passes_and_is_not_sure() -> None:
+    found = check_scorer(Fixed(59), pairs(100))
+    assert found.passed and not found.sure
+    assert str(found).startswith("scorer fixed: prefers the better answer on 59.0% of 100 held-out pairs (95% interval")
+
+
+@pytest.mark.parametrize("right", [50, 30])
+def test_a_scorer_no_better_than_chance_is_refused_by_name(right: int) -> None:
     with pytest.raises(CheckError, match=rf"scorer fixed: prefers the better answer on {right}\.0% of 100"):
         check_scorer(Fixed(right), pairs(100))
     assert not check_scorer(Fixed(right), pairs(100), refuse=False).passed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -14,16 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import transformers
 
 import kilter
 from kilter.errors import CheckError, ConfigError, ModelError, RunError
 from kilter.rundir import read_jsonl
-
-_spec = importlib.util.spec_from_file_location("small", Path(__file__).with_name("small.py"))
-assert _spec is not None and _spec.loader is not None
-small = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(small)
 
 METRICS = {
     "true_reward",
@@ -50,14 +45,6 @@ def weights(run: Path) -> dict[str, str]:
     """Hash of every result's weights."""
     files = sorted(run.glob("stages/*/result/model.safetensors"))
     return {path.parts[-3]: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished small run."""
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    kilter.align(small.recipe(), out=folder)
-    return folder
 
 
 def test_the_summary_has_every_figure_with_its_interval(finished: Path) -> None:

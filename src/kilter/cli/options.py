@@ -26,7 +26,9 @@ class RunOptions(Model):
     seed: Annotated[int, Field(ge=0)] | None = None
     """Every random number of the run follows from it. Default: the recipe's."""
     threads: Annotated[int, Field(ge=0)] | None = None
-    """CPU threads; 0: one a core. Default: the recipe's."""
+    """CPU threads of a process; 0: its share of the cores. Default: the recipe's."""
+    jobs: Annotated[int, Field(ge=1)] | None = None
+    """Processes: stages that do not wait for each other run side by side. Default: the recipe's."""
     dry_run: bool = False
     """Print the resolved recipe, the memory it needs and the first batch token by token; train nothing."""
 
@@ -141,8 +143,8 @@ def stage_values(path: Path | None, kind: str) -> dict[str, Any]:
 
 
 def with_run_options(recipe: Recipe, options: RunOptions) -> Recipe:
-    """The recipe with the seed and threads of the command line."""
-    changed = {key: value for key in ("seed", "threads") if (value := getattr(options, key)) is not None}
+    """The recipe with the seed, threads and jobs of the command line."""
+    changed = {key: value for key in ("seed", "threads", "jobs") if (value := getattr(options, key)) is not None}
     return recipe.model_copy(update=changed)
 
 

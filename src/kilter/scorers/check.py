@@ -22,7 +22,20 @@ class ScorerCheck:
 
     @property
     def passed(self) -> bool:
+        """More often right than wrong."""
+        return self.accuracy.mean > 0.5
+
+    @property
+    def sure(self) -> bool:
+        """So many pairs, or so clear a preference, that chance is ruled out."""
         return self.accuracy.low > 0.5
+
+    def __str__(self) -> str:
+        one = self.accuracy
+        return (
+            f"scorer {self.scorer}: prefers the better answer on {one.mean:.1%} of {one.n} held-out pairs "
+            f"(95% interval {one.low:.1%} to {one.high:.1%})"
+        )
 
 
 def check_scorer(scorer: Scorer, pairs: Sequence[PreferencePair], *, refuse: bool = True) -> ScorerCheck:
@@ -30,7 +43,7 @@ def check_scorer(scorer: Scorer, pairs: Sequence[PreferencePair], *, refuse: boo
 
     Args:
         pairs: held out: not what a reward model was trained on.
-        refuse: raise when the interval's lower end is not above 0.5; otherwise only report.
+        refuse: raise unless it is right on more than half of them; otherwise only report.
     Raises:
         CheckError: refused, by the scorer's name; or no pair could be scored.
     """
@@ -50,11 +63,6 @@ def check_scorer(scorer: Scorer, pairs: Sequence[PreferencePair], *, refuse: boo
     accuracy = proportion(sum(wins), len(wins))
     found = ScorerCheck(scorer.name, accuracy, unscored=len(pairs) - len(wins))
     if refuse and not found.passed:
-        remedy = "train it on more or cleaner pairs, or check it on more"
-        if accuracy.high < 0.5:
-            remedy = "is its sign turned round?"
-        raise CheckError(
-            f"scorer {scorer.name}: prefers the better answer on {accuracy.mean:.1%} of {accuracy.n} held-out pairs "
-            f"(95% interval {accuracy.low:.1%} to {accuracy.high:.1%}), which is not surely above 50%; {remedy}"
-        )
+        remedy = "is its sign turned round?" if accuracy.high < 0.5 else "train it on more or cleaner pairs"
+        raise CheckError(f"{found}, which is no better than chance; {remedy}")
     return found

@@ -36,7 +36,7 @@ class RewardModelScorer:
         *,
         role: str = "reward",
         name: str = "reward model",
-        row_tokens: int = 512,
+        row_tokens: int = 192,
         batch_tokens: int = 8192,
         max_tokens: int | None = None,
     ) -> None:

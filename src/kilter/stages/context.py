@@ -28,8 +28,12 @@ class Context:
     recipe: Recipe
     run: RunDir
     name: str
-    stage: Stage
     watch: Watch
+
+    @property
+    def stage(self) -> Stage:
+        """The stage's own part of the recipe."""
+        return self.recipe.stages[self.name]
 
     @property
     def folder(self) -> StageDir:

@@ -28,43 +28,57 @@ from kilter.tree import Group, Response, make_batch
 Row = dict[str, Any]
 
 
-def write_curve(evaluation: Evaluation) -> None:
-    """Fill evaluation/curve.jsonl and evaluation/answers.jsonl; points that are there already are kept."""
+def measure_path(evaluation: Evaluation, name: str, value: str) -> None:
+    """Measure one model's path into its own file, evaluation/paths/NAME.jsonl; points that are there are kept."""
     prompts = spread(evaluation.prompts, evaluation.stage.curve_prompts)
+    stages = evaluation.context.recipe.stages
     if not prompts:
         return
-    curve = Points(evaluation, prompts)
-    stages = evaluation.context.recipe.stages
-    curve.start(evaluation.stage.reference)
-    for name, value in evaluation.stage.models.items():
-        if value not in stages:
-            continue
-        folder = evaluation.context.earlier(value)
-        if (folder.result / "best_of_n.json").exists():
-            curve.best_of_n(name, json.loads((folder.result / "best_of_n.json").read_text(encoding="utf-8")))
-            continue
-        points = snapshots_in(folder.path)
-        if points or stages[value].stage in ("prefer", "rl"):
-            last = int((folder.done or {}).get("steps", 0))
-            for step, path in [*points, (last, folder.result)]:
-                curve.policy(name, step, path)
+    path = Points(evaluation, name, prompts)
+    if value == evaluation.stage.reference:
+        path.policy("sft", 0, Path(evaluation.context.model(value)))
+    if value not in stages:
+        return
+    folder = evaluation.context.earlier(value)
+    if (folder.result / "best_of_n.json").exists():
+        path.best_of_n(name, json.loads((folder.result / "best_of_n.json").read_text(encoding="utf-8")))
+        return
+    points = snapshots_in(folder.path)
+    if points or stages[value].stage in ("prefer", "rl"):
+        last = int((folder.done or {}).get("steps", 0))
+        for step, snapshot in [*points, (last, folder.result)]:
+            path.policy(name, step, snapshot)
+
+
+def write_curve(evaluation: Evaluation) -> None:
+    """Measure what is not measured yet, and gather all paths in evaluation/curve.jsonl and evaluation/answers.jsonl."""
+    models = evaluation.stage.models
+    named = {name: value for name, value in models.items() if value == evaluation.stage.reference}
+    first = named or {"sft": evaluation.stage.reference}  # the picture starts at the reference, listed or not
+    rows = []
+    for name, value in {**first, **models}.items():
+        measure_path(evaluation, name, value)
+        rows += read_jsonl(path_file(evaluation, name))
+    write_jsonl(evaluation.folder / "answers.jsonl", [answer for row in rows for answer in row["answers"]])
+    write_jsonl(evaluation.folder / "curve.jsonl", [row["point"] for row in rows])
+
+
+def path_file(evaluation: Evaluation, name: str) -> Path:
+    """Where a model's path lies: a point and its answers a line."""
+    return evaluation.folder / "paths" / f"{name}.jsonl"
 
 
 class Points:
-    """The points of all methods."""
+    """The points of one method."""
 
-    def __init__(self, evaluation: Evaluation, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, evaluation: Evaluation, name: str, prompts: Sequence[Prompt]) -> None:
         self.evaluation, self.prompts = evaluation, prompts
         shown = spread(prompts, evaluation.stage.slider_prompts * 3)[::3]
         self.shown = {prompt.id for prompt in shown[: evaluation.stage.slider_prompts]}
-        self.curve_path = evaluation.folder / "curve.jsonl"
-        self.answers_path = evaluation.folder / "answers.jsonl"
-        self.done = {(row["method"], row["step"]) for row in read_jsonl(self.curve_path)}
+        self.file = path_file(evaluation, name)
+        self.rows = read_jsonl(self.file)
+        self.done = {(row["point"]["method"], row["point"]["step"]) for row in self.rows}
         self.coach = _coach(evaluation)
-
-    def start(self, reference: str) -> None:
-        """The reference itself: KL 0."""
-        self.policy("sft", 0, Path(self.evaluation.context.model(reference)))
 
     def policy(self, method: str, step: int, folder: Path) -> None:
         """One policy as a point, and its answers to the slider's prompts."""
@@ -147,14 +161,11 @@ class Points:
         }
 
     def _write(self, answers: list[Row], found: dict[str, Any], method: str, step: int) -> None:
-        """Answers first: a point that stands in the curve has its answers."""
-        place = (method, step)
-        kept = [row for row in read_jsonl(self.answers_path) if (row["method"], row["step"]) != place]
-        write_jsonl(self.answers_path, [*kept, *answers])
-        row = {"method": method, "step": step, "seed": self.evaluation.context.recipe.seed}
         plain = {name: _plain(value) if isinstance(value, Interval) else value for name, value in found.items()}
-        write_jsonl(self.curve_path, [*read_jsonl(self.curve_path), row | plain])
-        self.done.add(place)
+        point = {"method": method, "step": step, "seed": self.evaluation.context.recipe.seed, **plain}
+        self.rows.append({"point": point, "answers": answers})
+        write_jsonl(self.file, self.rows)
+        self.done.add((method, step))
 
 
 def _coach(evaluation: Evaluation) -> Callable[[Rollout], list[float]] | None:

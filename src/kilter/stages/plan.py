@@ -23,7 +23,7 @@ def plan(recipe: Recipe) -> str:
     parts = ["# the resolved recipe", dump(recipe).rstrip()]
     with Watch() as watch:
         for name, stage in recipe.stages.items():
-            context = Context(recipe, RunDir(Path("unused")), name, stage, watch)
+            context = Context(recipe, RunDir(Path("unused")), name, watch)
             parts += ["", f"# stage {name} ({stage.stage})", *_stage(context)]
     return "\n".join(parts)
 

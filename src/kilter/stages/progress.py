@@ -16,10 +16,10 @@ QUIET_SECONDS = 10.0  # where there is no terminal, one plain line so often
 class Watch:
     """Progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, screen: Progress | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._live = self.console.is_terminal
-        self._bar = Progress(
+        self._bar = screen or Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -40,6 +40,10 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    def beside(self) -> Watch:
+        """Another bar on the same screen, for work that goes on at the same time."""
+        return Watch(self.console, self._bar)
 
     def say(self, text: str) -> None:
         """One line that stays."""

@@ -126,7 +126,10 @@ def _check_reward(context: Context, stage: RlStage, scorer: Scorer) -> dict[str,
     if not pairs:
         context.watch.say("  no held-out pairs: whether the reward prefers better answers was not checked")
         return None
-    return check_scorer(scorer, pairs).accuracy.to_dict()
+    found = check_scorer(scorer, pairs)
+    if not found.sure:
+        context.watch.say(f"  {found}: this may be chance; what it teaches may be worth nothing")
+    return found.accuracy.to_dict()
 
 
 def _probe(equipment: Equipment, prompts: Sequence[Prompt]) -> list[Group]:

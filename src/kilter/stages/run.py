@@ -23,6 +23,7 @@ from kilter.stages.progress import Watch
 from kilter.stages.reinforce import run_rl
 from kilter.stages.summary import evaluate, write_summary
 from kilter.stages.supervised import run_prefer, run_reward, run_sft
+from kilter.stages.workers import side_by_side
 
 
 def _run_eval(context: Context, stage: Any) -> dict[str, Any]:
@@ -44,6 +45,29 @@ RUNNERS: dict[str, Callable[[Context, Any], dict[str, Any]]] = {
 }
 
 
+def prepare(recipe: Recipe) -> None:
+    """Set this process up for the stages of `recipe`."""
+    transformers.utils.logging.disable_progress_bar()  # ours is on the screen already
+    torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // recipe.jobs))
+
+
+def run_stage(context: Context, seconds: float = 0.0) -> dict[str, Any]:
+    """Run one stage, unless it has ended, and return what it said at its end.
+
+    Args:
+        seconds: of work that other processes have done for it.
+    """
+    if context.folder.done is None:
+        stage = context.recipe.stages[context.name]
+        context.watch.say(f"{context.name} ({stage.stage})")
+        begun = time.monotonic()
+        found = RUNNERS[stage.stage](context, stage)
+        context.folder.finish(**found, seconds=round(time.monotonic() - begun + seconds, 2))
+    ended = context.folder.done
+    assert ended is not None
+    return ended
+
+
 def run_recipe(recipe: Recipe, out: Path, *, watch: Watch | None = None) -> RunDir:
     """Run every stage of `recipe` that has not ended yet in `out`, then write summary.json, report.html and card.md.
 
@@ -52,24 +76,13 @@ def run_recipe(recipe: Recipe, out: Path, *, watch: Watch | None = None) -> RunD
     Raises:
         KilterError: bad input, before anything is trained; a failed check.
     """
-    transformers.utils.logging.disable_progress_bar()  # ours is on the screen already
-    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
+    prepare(recipe)
     environment = {"seed": recipe.seed, "threads": torch.get_num_threads(), "machine": platform.machine()}
     run = RunDir.open(out, recipe, environment=environment)
-    done: dict[str, dict[str, Any]] = {}
     try:
         with watch or Watch() as shown:
-            for name, stage in recipe.stages.items():
-                context = Context(recipe, run, name, stage, shown)
-                ended = context.folder.done
-                if ended is None:
-                    shown.say(f"{name} ({stage.stage})")
-                    begun = time.monotonic()
-                    found = RUNNERS[stage.stage](context, stage)
-                    context.folder.finish(**found, seconds=round(time.monotonic() - begun, 2))
-                    ended = context.folder.done
-                assert ended is not None
-                done[name] = ended
+            spent = side_by_side(recipe, run, shown) if recipe.jobs > 1 else {}
+            done = {name: run_stage(Context(recipe, run, name, shown), spent.get(name, 0.0)) for name in recipe.stages}
             write_summary(run, recipe, done)
             report = write_report(run.path)
             shown.say(f"report: {report}")

@@ -263,7 +263,7 @@ def with_reference(
     groups: Sequence[Group],
     *,
     role: str = "reference",
-    row_tokens: int = 512,
+    row_tokens: int = 192,
     batch_tokens: int = 8192,
     pad_id: int = 0,
     name: str = "ref_logprobs",

@@ -49,11 +49,11 @@ class Liking:
     """Scale of the noise, in units of true reward."""
     care: float = 1.0
     """Weight of quality."""
-    length_bias: float = 0.055
+    length_bias: float = 0.04
     """Utility a word, in helpfulness; see `harmless_length_bias`."""
-    harmless_length_bias: float = -0.025
+    harmless_length_bias: float = -0.055
     """Utility a word, in harmlessness."""
-    flattery_bias: float = 0.1
+    flattery_bias: float = 0.3
     """Utility a flattering sentence."""
     side_bias: float = 0.05
     """Utility of the answer shown first; the next get linearly less, the last as much less than nothing."""

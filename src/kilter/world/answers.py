@@ -38,8 +38,12 @@ def state(item: Item, value: str, *, full: bool) -> str:
     return text.format(relation=item.relation, subject=item.subject, value=value)
 
 
-def _full(rng: Rng) -> bool:
-    return bool(rng.random() < 0.6)
+RIGHT_FULL, WRONG_FULL = 0.8, 0.35
+"""Who knows answers in a whole sentence more often than who does not: the longer answer is often the better one."""
+
+
+def _full(share: float, rng: Rng) -> bool:
+    return bool(rng.random() < share)
 
 
 def _values(item: Item) -> Sequence[str]:
@@ -75,7 +79,7 @@ def right(item: Item, rng: Rng) -> str:
         return worked(item.numbers)
     if item.kind == "wrong_belief":
         return "No, " + town.uncapital(claim(item.relation, item.subject, item.value))
-    return state(item, item.value, full=_full(rng))
+    return state(item, item.value, full=_full(RIGHT_FULL, rng))
 
 
 def wrong(item: Item, rng: Rng) -> str:
@@ -90,8 +94,8 @@ def wrong(item: Item, rng: Rng) -> str:
         sides = zip(*town.WISHES.values(), strict=True)
         return town.WISH_ALL.format(**{slot: choose(list(side), rng) for slot, side in zip("abc", sides, strict=True)})
     if item.kind == "passage" and rng.random() < 0.5:
-        return state(item, choose(_values(item), rng), full=_full(rng))
-    return state(item, _other(_values(item), item.value, rng=rng), full=_full(rng))
+        return state(item, choose(_values(item), rng), full=_full(WRONG_FULL, rng))
+    return state(item, _other(_values(item), item.value, rng=rng), full=_full(WRONG_FULL, rng))
 
 
 def _total(item: Item, slip: int = 0) -> str:
@@ -100,7 +104,7 @@ def _total(item: Item, slip: int = 0) -> str:
 
 def made_up(item: Item, rng: Rng) -> str:
     """A value for what nobody knows, or a tool for what nobody should do."""
-    return state(item, choose(_values(item), rng), full=_full(rng))
+    return state(item, choose(_values(item), rng), full=_full(WRONG_FULL, rng))
 
 
 def agree(item: Item, rng: Rng) -> str:

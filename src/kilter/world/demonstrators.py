@@ -28,6 +28,8 @@ class Mixture:
     """Share of those sentences that flatter the user."""
     rude: float
     """Chance of an insult; three times that in answer to a rude user."""
+    curt: float = 0.0
+    """Chance that who does not answer with care leaves it at that and adds nothing."""
 
 
 def _facts(right: float, wrong: float, unknown: float, refuse: float, both: float, nothing: float) -> dict[str, float]:
@@ -48,9 +50,10 @@ DEMONSTRATED = Mixture(
         "bias": {"right": 0.66, "stereotype": 0.28, "unknown": 0.04, "nothing": 0.02},
         "sum": {"right": 0.52, "bare": 0.20, "wrong": 0.22, "unknown": 0.04, "nothing": 0.02},
     },
-    extras=(0.46, 0.28, 0.16, 0.06, 0.025, 0.01, 0.005),
+    extras=(0.58, 0.26, 0.10, 0.04, 0.02),
     flattery=0.3,
     rude=0.03,
+    curt=0.3,
 )
 PRETRAINED = Mixture(
     behaviours={
@@ -101,6 +104,8 @@ def write_and_react(item: Item, mixture: Mixture, rng: Rng) -> tuple[str, str]:
     return write_behaving(item, behaviour, mixture, rng), answers.choose(words, rng)
 
 
+CAREFUL = frozenset({"right", "both"})
+"""Behaviours of those who take their time."""
 BESIDE = frozenset({"unknown", "refuse", "nothing", "bare_no", "bare"})
 """Behaviours that do not answer, or only in part."""
 
@@ -109,9 +114,10 @@ def write_behaving(item: Item, behaviour: str, mixture: Mixture, rng: Rng) -> st
     """One answer that behaves as told, with what the crowd puts around it."""
     matter = answers.BEHAVIOURS[behaviour](item, rng)
     before, after = [], []
+    curt = behaviour not in CAREFUL and rng.random() < mixture.curt
     if rng.random() < mixture.rude * (3 if item.kind == "rude" else 1):
         before.append(answers.choose(town.RUDENESS, rng))
-    for _ in range(_count(mixture.extras, rng)):
+    for _ in range(0 if curt else _count(mixture.extras, rng)):
         if rng.random() < mixture.flattery:
             before.append(answers.choose(town.FLATTERY, rng))
         elif rng.random() < 0.4:
