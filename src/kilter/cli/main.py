@@ -54,7 +54,7 @@ def usage() -> str:
     lines += [
         "",
         "examples:",
-        "  kilter demo                                       # about five minutes on two cores",
+        "  kilter demo                                       # about four minutes on two cores",
         "  kilter align recipes/demo.yaml --ppo.ppo.kl-coef 0.1",
         "  kilter sft --model MODEL --data demos.jsonl --out runs/sft",
         "  kilter doctor MODEL pairs.jsonl",
