@@ -21,6 +21,7 @@ from kilter.world import prompts
 from kilter.world.audit import audit
 
 LIMIT = 0.02
+HELD_OUT: dict[str, Any] = {"split": "held_out", "per_kind": 200}
 
 
 def recipe(seed: int) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def recipe(seed: int) -> dict[str, Any]:
             "stage": "eval",
             "models": {"sft": "sft", "ppo": "ppo"},
             "reference": "sft",
-            "prompts": {"path": "kilter.world:prompts", "options": {"split": "held_out", "per_kind": 200}},
+            "prompts": {"path": "kilter.world:prompts", "options": HELD_OUT},
             "truth": "kilter.world:true_reward",
             "measure": "kilter.world:measure",
             "sampling": sampling,
@@ -67,7 +68,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     kilter.align(recipe(options.seed), out=options.out)
-    known = {prompt_id(prompt.prompt): prompt for prompt in prompts("held_out", seed=options.seed, per_kind=200)}
+    known = {prompt_id(prompt.prompt): prompt for prompt in prompts(seed=options.seed, **HELD_OUT)}
     failed = False
     for name in ("sft", "ppo"):
         answers = read_answers(options.out / "evaluation" / f"{name}.jsonl")

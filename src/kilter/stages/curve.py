@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,16 @@ class Points:
         self.shown = {prompt.id for prompt in shown[: evaluation.stage.slider_prompts]}
         self.file = path_file(evaluation, name)
         self.rows = read_jsonl(self.file)
-        self.done = {(row["point"]["method"], row["point"]["step"]) for row in self.rows}
-        self.coach = _coach(evaluation)
+
+    @property
+    def done(self) -> set[tuple[str, int]]:
+        """(method, step) of the points that are there."""
+        return {(row["point"]["method"], row["point"]["step"]) for row in self.rows}
+
+    @cached_property
+    def coach(self) -> Callable[[Rollout], list[float]] | None:
+        """Loaded when the first answer is shown: a path that is measured already needs none."""
+        return _coach(self.evaluation)
 
     def policy(self, method: str, step: int, folder: Path) -> None:
         """One policy as a point, and its answers to the slider's prompts."""
@@ -165,7 +174,6 @@ class Points:
         point = {"method": method, "step": step, "seed": self.evaluation.context.recipe.seed, **plain}
         self.rows.append({"point": point, "answers": answers})
         write_jsonl(self.file, self.rows)
-        self.done.add((method, step))
 
 
 def _coach(evaluation: Evaluation) -> Callable[[Rollout], list[float]] | None:
