@@ -59,7 +59,9 @@ def test_policy_gives_the_same_tokens(family: str, lora: Lora | None, tmp_path: 
     with torch.no_grad(), trunk.acting_as("policy") as model:
         ours = model.generate(prompt, max_new_tokens=24, do_sample=False)
         theirs = plain.generate(prompt, max_new_tokens=24, do_sample=False)
-        torch.testing.assert_close(plain(ours).logits, model(ours).logits, rtol=1e-4, atol=1e-3)
+        # The adapter is merged: other rounding, which a router amplifies a hundredfold, and each processor otherwise.
+        atol = 5e-3 if family == "mixtral" else 2e-4
+        torch.testing.assert_close(plain(ours).logits, model(ours).logits, rtol=1e-4, atol=atol)
     assert ours.tolist() == theirs.tolist()
     assert plain.generation_config.eos_token_id == [2, 5]
     tokenizer = load_tokenizer(tmp_path / "result")
