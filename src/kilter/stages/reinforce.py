@@ -15,7 +15,6 @@ from kilter.data.chat import ChatEncoder
 from kilter.models.build import load_reward_model, ppo_trunk
 from kilter.models.load import load_tokenizer
 from kilter.models.save import save_causal_lm
-from kilter.models.trunk import Trunk
 from kilter.records import PreferencePair, Prompt, Scorer
 from kilter.rollout.collect import Rollout
 from kilter.rollout.ppo import PPOSource
@@ -65,7 +64,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     last_good = None
     if stage.stop_below:
         measure = context.function("stop_measure", stage.stop_measure)
-        last_good = LastGood(trunk, measure, stage.stop_measure.path, stage.stop_below)
+        last_good = LastGood(trunk.parameters_of("policy"), measure, stage)
     source = PPOSource(
         trunk,
         equipment.encoder,
@@ -86,7 +85,8 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     rates = {"value": numbers.value_learning_rate} if numbers.value_learning_rate else None
 
     def on_step(step: int, figures: dict[str, float]) -> None:
-        figures |= source.figures if step % source.steps_per_rollout == 0 else {}
+        if step % source.steps_per_rollout == 0:
+            figures |= source.figures | ({"rollout/passing": last_good.share} if last_good else {})
         snapshots.look(step)
 
     steps = stage.rollouts * source.steps_per_rollout
@@ -102,9 +102,10 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         stop=lambda _step, _figures: source.stopped is not None,
         also={"last_good": last_good} if last_good else {},
     )
-    if source.stopped and last_good is not None:
-        context.watch.say(f"  stopped at step {state.step}: {source.stopped}; the last good policy is kept")
-        last_good.restore()
+    if source.stopped:
+        context.watch.say(f"  stopped at step {state.step}: {source.stopped}")
+    if last_good is not None and last_good.restore():
+        context.watch.say("  the last policy whose answers passed is kept")
     save_causal_lm(trunk, "policy", context.folder.result, equipment.template())
     return {
         "both_ways_gap": gap,
@@ -147,27 +148,37 @@ class LastGood:
     It is asked at each rollout, before anything is learned from it. Its copy of the weights goes into the checkpoints.
     """
 
-    def __init__(self, trunk: Trunk, measure: Callable[[Prompt, str], bool], name: str, stop_below: float) -> None:
-        self._parameters = dict(enumerate(trunk.parameters_of("policy")))
-        self._measure, self._name, self._stop_below = measure, name, stop_below
+    def __init__(self, parameters: Sequence[Tensor], measure: Callable[[Prompt, str], bool], stage: RlStage) -> None:
+        self._parameters, self._measure, self._stage = parameters, measure, stage
         self._kept: dict[int, Tensor] = {}
+        self._bad = 0
+        self.share = 1.0
+        """Of the last rollout's answers, those that passed."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> str | None:
         """Why training should stop, or None; keeps the policy when it is good."""
-        share = sum(bool(self._measure(one.prompt, one.text)) for one in rollouts) / len(rollouts)
-        if share < self._stop_below:
-            return f"{share:.0%} of the answers pass {self._name}, below {self._stop_below:.0%}"
-        self._kept = {number: parameter.detach().clone() for number, parameter in self._parameters.items()}
-        return None
+        self.share = sum(bool(self._measure(one.prompt, one.text)) for one in rollouts) / len(rollouts)
+        if self.share >= self._stage.stop_below:
+            self._kept, self._bad = {at: value.detach().clone() for at, value in enumerate(self._parameters)}, 0
+            return None
+        self._bad += 1
+        if self._bad < self._stage.stop_after:
+            return None
+        times = f" {self._bad} times in a row" if self._bad > 1 else ""
+        name, limit = self._stage.stop_measure.path, self._stage.stop_below
+        return f"{self.share:.0%} of the answers pass {name}, below {limit:.0%}{times}"
 
-    def restore(self) -> None:
-        """Put the kept policy back; without one the first policy was bad already, and stays."""
+    def restore(self) -> bool:
+        """Put the kept policy back if the last rollout was bad; a policy that never was good stays as it is."""
         with torch.no_grad():
-            for number, value in self._kept.items():
-                self._parameters[number].copy_(value)
+            for at, value in self._kept.items() if self._bad else ():
+                self._parameters[at].copy_(value)
+        return bool(self._bad and self._kept)
 
     def state_dict(self) -> dict[str, Any]:
-        return {str(number): value for number, value in self._kept.items()}
+        kept = {str(at): value for at, value in self._kept.items()}
+        return {"bad": self._bad, "share": self.share, "kept": kept}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        self._kept = {int(number): value for number, value in state.items()}
+        self._bad, self.share = int(state["bad"]), float(state["share"])
+        self._kept = {int(at): value for at, value in state["kept"].items()}
