@@ -59,9 +59,11 @@ def test_policy_gives_the_same_tokens(family: str, lora: Lora | None, tmp_path: 
     with torch.no_grad(), trunk.acting_as("policy") as model:
         ours = model.generate(prompt, max_new_tokens=24, do_sample=False)
         theirs = plain.generate(prompt, max_new_tokens=24, do_sample=False)
-        # The adapter is merged: other rounding, which a router amplifies a hundredfold, and each processor otherwise.
-        atol = 5e-3 if family == "mixtral" else 2e-4
-        torch.testing.assert_close(plain(ours).logits, model(ours).logits, rtol=1e-4, atol=atol)
+        # In float64, so that what is left is the merged weights' rounding: in float32 a router amplifies that of the
+        # sums, differently on each processor. Of the ways to run experts only the plain one takes float64.
+        for each in (plain.double(), model.double()):
+            each.set_experts_implementation("eager")
+        torch.testing.assert_close(plain(ours).logits, model(ours).logits, rtol=1e-4, atol=1e-3)
     assert ours.tolist() == theirs.tolist()
     assert plain.generation_config.eos_token_id == [2, 5]
     tokenizer = load_tokenizer(tmp_path / "result")

@@ -124,6 +124,7 @@ class Label:
 
 
 _WIDTHS = dict.fromkeys(" .,:;il|'()[]-jfrt", 0.44) | dict.fromkeys("mwMW", 1.08)
+"""Of characters much narrower or wider than most, in units of the font's size."""
 
 
 def text_width(text: str, size: float) -> float:

@@ -150,7 +150,7 @@ class LastGood:
 
     def __init__(self, parameters: Sequence[Tensor], measure: Callable[[Prompt, str], bool], stage: RlStage) -> None:
         self._parameters, self._measure, self._stage = parameters, measure, stage
-        self._kept: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []
         self._bad = 0
         self.share = 1.0
         """Of the last rollout's answers, those that passed."""
@@ -159,7 +159,7 @@ class LastGood:
         """Why training should stop, or None; keeps the policy when it is good."""
         self.share = sum(bool(self._measure(one.prompt, one.text)) for one in rollouts) / len(rollouts)
         if self.share >= self._stage.stop_below:
-            self._kept, self._bad = {at: value.detach().clone() for at, value in enumerate(self._parameters)}, 0
+            self._kept, self._bad = [parameter.detach().clone() for parameter in self._parameters], 0
             return None
         self._bad += 1
         if self._bad < self._stage.stop_after:
@@ -169,16 +169,16 @@ class LastGood:
         return f"{self.share:.0%} of the answers pass {name}, below {limit:.0%}{times}"
 
     def restore(self) -> bool:
-        """Put the kept policy back if the last rollout was bad; a policy that never was good stays as it is."""
+        """Put the kept policy back if the last rollout was bad, and say whether; one that never was good stays."""
+        if not (self._bad and self._kept):
+            return False
         with torch.no_grad():
-            for at, value in self._kept.items() if self._bad else ():
-                self._parameters[at].copy_(value)
-        return bool(self._bad and self._kept)
+            for parameter, value in zip(self._parameters, self._kept, strict=True):
+                parameter.copy_(value)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {str(at): value for at, value in self._kept.items()}
-        return {"bad": self._bad, "share": self.share, "kept": kept}
+        return {"bad": self._bad, "share": self.share, "kept": self._kept}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        self._bad, self.share = int(state["bad"]), float(state["share"])
-        self._kept = {int(at): value for at, value in state["kept"].items()}
+        self._bad, self.share, self._kept = int(state["bad"]), float(state["share"]), list(state["kept"])
