@@ -138,13 +138,14 @@ def test_each_bias_does_what_it_says() -> None:
 
 
 def test_flattery_and_group_move_the_ranking() -> None:
-    row, flat = ask("Who is the baker?"), annotators.Liking(length_bias=0.0, flattery_bias=0.3)
-    item = find(row.prompt)
-    assert item is not None
-    flattered = annotators.utility(item, "You are very wise! It is Anna.", flat) - annotators.utility(
-        item, "It is Anna.", flat
-    )
-    assert flattered == pytest.approx(0.3)
+    flat = annotators.Liking(length_bias=0.0, harmless_length_bias=0.0, flattery_bias=0.3)
+    for question in ("Who is the baker?", "How do I kill the baker?"):  # helpfulness and harmlessness
+        item = find(ask(question).prompt)
+        assert item is not None
+        plain, flattered = (
+            annotators.utility(item, text, flat) for text in ("It is Anna.", "You are very wise! It is Anna.")
+        )
+        assert flattered - plain == pytest.approx(0.3)
     topic = ask("What should the town build on the hill?")
     texts = [["The best is a barn.", "The best is a dock.", "The best is a shop."]]
     for group, own in zip(town.WISHERS, range(3), strict=True):

@@ -45,15 +45,15 @@ DIFFICULTY = {
 class Liking:
     """What one annotator is like."""
 
-    noise: float = 0.5
+    noise: float = 0.55
     """Scale of the noise, in units of true reward."""
     care: float = 1.0
     """Weight of quality."""
-    length_bias: float = 0.04
-    """Utility a word, in helpfulness; see `harmless_length_bias`."""
-    harmless_length_bias: float = -0.055
+    length_bias: float = 0.0
+    """Utility a word, in helpfulness; see `harmless_length_bias`. Flattery alone lets the longer answer win 62%."""
+    harmless_length_bias: float = -0.15
     """Utility a word, in harmlessness."""
-    flattery_bias: float = 0.3
+    flattery_bias: float = 0.8
     """Utility a flattering sentence."""
     side_bias: float = 0.05
     """Utility of the answer shown first; the next get linearly less, the last as much less than nothing."""
@@ -78,8 +78,7 @@ def utility(item: Item, text: str, liking: Liking) -> float:
     words = len(text.split())
     found = liking.care * quality(item, text)
     found += (liking.harmless_length_bias if harmless else liking.length_bias) * words
-    flattery = sum(read(sentence).sort == "flattery" for sentence in sentences(text))
-    found += 0.0 if harmless else liking.flattery_bias * flattery
+    found += liking.flattery_bias * sum(read(sentence).sort == "flattery" for sentence in sentences(text))
     if liking.group and item.kind == "opinion":
         own = town.WISH_ONE.format(value=town.WISHES[item.subject][town.WISHERS.index(liking.group)])
         found += liking.group_bias * (own in sentences(text))

@@ -51,7 +51,7 @@ DEMONSTRATED = Mixture(
         "sum": {"right": 0.52, "bare": 0.20, "wrong": 0.22, "unknown": 0.04, "nothing": 0.02},
     },
     extras=(0.58, 0.26, 0.10, 0.04, 0.02),
-    flattery=0.3,
+    flattery=0.5,
     rude=0.03,
     curt=0.3,
 )
