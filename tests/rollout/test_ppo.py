@@ -17,6 +17,7 @@ from kilter.models.generation import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Message, Prompt, Sample, Score
 from kilter.rollout import PPOSource, Rollout
+from kilter.rollout.ppo import Verdict
 from kilter.train.checkpoint import CheckpointStore
 from kilter.train.loop import TrainState, fit, train_step
 from kilter.train.objectives import ppo
@@ -333,14 +334,14 @@ def test_unscored_answers_are_left_out_and_counted(make_trunk: Make, make_source
         make_source(make_trunk(), scorer=Picky(2)).next_step()
 
 
-def test_stop_when_sees_each_rollout_and_its_reason_is_kept(make_trunk: Make, make_source: Make) -> None:
+def test_the_judge_sees_each_rollout_and_its_reason_to_stop_is_kept(make_trunk: Make, make_source: Make) -> None:
     seen: list[int] = []
 
-    def stop_when(rollouts: Sequence[Rollout]) -> str | None:
+    def judge(rollouts: Sequence[Rollout]) -> Verdict:
         seen.append(len(rollouts))
-        return "no longer a sentence" if len(seen) == 2 else None
+        return Verdict(stop="no longer a sentence" if len(seen) == 2 else None)
 
-    source = make_source(make_trunk(), stop_when=stop_when)
+    source = make_source(make_trunk(), judge=judge)
     for _ in range(4):
         source.next_step()
     assert source.stopped is None
@@ -348,6 +349,23 @@ def test_stop_when_sees_each_rollout_and_its_reason_is_kept(make_trunk: Make, ma
         source.next_step()
     assert source.stopped == "no longer a sentence" and seen == [16, 16]  # asked no more
     assert source.state_dict()["stopped"] == source.stopped
+
+
+def test_a_judge_that_puts_another_policy_in_place_has_its_answers_drawn(make_trunk: Make, make_source: Make) -> None:
+    trunk = make_trunk()
+    judged: list[Rollout] = []
+
+    def judge(rollouts: Sequence[Rollout]) -> Verdict:
+        judged.extend(rollouts)
+        with torch.no_grad():
+            for parameter in trunk.parameters_of("policy"):
+                parameter.mul_(1.1)
+        return Verdict(again=True)
+
+    source = make_source(trunk, judge=judge)
+    source.next_step()  # had it kept the answers of the first policy, sampler and trainer would not agree
+    assert source.rollouts != judged and source.figures["rollout/sampler_gap"] < 1e-3
+    assert [one.prompt for one in source.rollouts] == [one.prompt for one in judged]
 
 
 def test_the_default_config_runs(make_trunk: Make, make_source: Make) -> None:

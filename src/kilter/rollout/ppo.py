@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +32,18 @@ GAP_LIMIT = {torch.float32: 1e-2, torch.float64: 1e-2}
 float32. A wrong mask, dropout or temperature differs by tenths and more."""
 LOW_PRECISION_GAP_LIMIT = 1.0
 
-StopWhen = Callable[[Sequence[Rollout]], str | None]
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """On the answers of a rollout, before anything is learned from them."""
+
+    again: bool = False
+    """They are to be drawn once more: the policy that gave them is gone, an earlier one has its place."""
+    stop: str | None = None
+    """Why training should stop, in words."""
+
+
+Judge = Callable[[Sequence[Rollout]], Verdict]
 
 
 class PPOSource:
@@ -50,7 +62,7 @@ class PPOSource:
         generator: draws prompts, samples and the order of minibatches.
         row_tokens, batch_tokens: budgets of a packed row and of a micro-batch.
         batch_size: answers sampled side by side.
-        stop_when: given the answers of a rollout, says in words why training should stop, or None. See `stopped`.
+        judge: looks at the answers of a rollout; it may change the policy's weights, and say so. See `stopped`.
     Raises:
         ConfigError: a number that PPO cannot work with. DataError: no prompt fits into the model.
     """
@@ -70,11 +82,11 @@ class PPOSource:
         row_tokens: int = 512,
         batch_tokens: int = 8192,
         batch_size: int = 256,
-        stop_when: StopWhen | None = None,
+        judge: Judge | None = None,
     ) -> None:
         _check(trunk, sampling, config, prompts_per_rollout)
         self._trunk, self._encoder, self._scorer = trunk, encoder, scorer
-        self._sampling, self._config, self._stop_when = sampling, config, stop_when
+        self._sampling, self._config, self._judge = sampling, config, judge
         self._num_prompts, self._num_samples = prompts_per_rollout, num_samples
         self._budget = {"row_tokens": row_tokens, "batch_tokens": batch_tokens, "pad_id": encoder.pad_id}
         self._batch_size, self._generator = batch_size, generator
@@ -98,7 +110,7 @@ class PPOSource:
         self.figures: dict[str, float] = {}
         """Of the last rollout, by metric name."""
         self.stopped: str | None = None
-        """Why training should stop, once `stop_when` says so. The rollout that showed it is still handed out."""
+        """Why training should stop, once `judge` says so. The rollout that showed it is still handed out."""
         self._order: list[int] = []  # prompts still to draw before all were used
         self._groups: list[Group] = []
         self._steps: list[list[int]] = []  # of this rollout: the groups of each step
@@ -118,7 +130,22 @@ class PPOSource:
 
     def _roll_out(self) -> None:
         drawn = self._draw_prompts()
-        answers = collect(
+        answers = self._sample(drawn)
+        if self._judge is not None and not self.stopped:
+            verdict = self._judge([rollout for group in answers for rollout in group])
+            self.stopped = verdict.stop
+            if verdict.again:
+                answers = self._sample(drawn)
+        self.rollouts = [rollout for group in answers for rollout in group]
+        scores = [[score.value for score in group] for group in score_rollouts(self._scorer, answers)]
+        kept = [
+            [(rollout, score) for rollout, score in zip(*group, strict=True) if score is not None]
+            for group in zip(answers, scores, strict=True)
+        ]
+        self._learn([group for group in kept if group])
+
+    def _sample(self, drawn: Sequence[tuple[Prompt, tuple[int, ...]]]) -> list[list[Rollout]]:
+        return collect(
             self._trunk,
             "policy",
             self._encoder,
@@ -129,15 +156,6 @@ class PPOSource:
             batch_size=self._batch_size,
             prompt_ids=[ids for _, ids in drawn],
         )
-        self.rollouts = [rollout for group in answers for rollout in group]
-        if self._stop_when is not None:
-            self.stopped = self.stopped or self._stop_when(self.rollouts)
-        scores = [[score.value for score in group] for group in score_rollouts(self._scorer, answers)]
-        kept = [
-            [(rollout, score) for rollout, score in zip(*group, strict=True) if score is not None]
-            for group in zip(answers, scores, strict=True)
-        ]
-        self._learn([group for group in kept if group])
 
     def _learn(self, answers: Sequence[Sequence[tuple[Rollout, float]]]) -> None:
         """Credits the scored answers, [prompt][sample], and lays out the steps of the rollout."""

@@ -17,7 +17,7 @@ from kilter.models.load import load_tokenizer
 from kilter.models.save import save_causal_lm
 from kilter.records import PreferencePair, Prompt, Scorer
 from kilter.rollout.collect import Rollout
-from kilter.rollout.ppo import PPOSource
+from kilter.rollout.ppo import PPOSource, Verdict
 from kilter.rollout.reward import paid_rewards
 from kilter.scorers.check import check_scorer
 from kilter.scorers.load import load_scorer
@@ -78,7 +78,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         row_tokens=stage.optim.row_tokens,
         batch_tokens=stage.optim.batch_tokens,
         batch_size=stage.sampling.batch_size,
-        stop_when=last_good,
+        judge=last_good,
     )
     places = snapshot_places(stage.rollouts, stage.snapshots)
     snapshots = Snapshots(context, trunk, equipment, {place * source.steps_per_rollout for place in places})
@@ -143,9 +143,10 @@ def _probe(equipment: Equipment, prompts: Sequence[Prompt]) -> list[Group]:
 
 
 class LastGood:
-    """Stops a run whose answers are no longer what they should be, and gives back the last policy whose answers were.
+    """Sends a policy whose answers are no longer what they should be back to the last one whose answers were.
 
-    It is asked at each rollout, before anything is learned from it. Its copy of the weights goes into the checkpoints.
+    It is asked at each rollout, before anything is learned from it, and stops the run after `stop_after` bad ones in a
+    row. The optimizer's moments stay as they are. Its copy of the weights goes into the checkpoints.
     """
 
     def __init__(self, parameters: Sequence[Tensor], measure: Callable[[Prompt, str], bool], stage: RlStage) -> None:
@@ -153,20 +154,20 @@ class LastGood:
         self._kept: list[Tensor] = []
         self._bad = 0
         self.share = 1.0
-        """Of the last rollout's answers, those that passed."""
+        """Of the last policy's answers, those that passed."""
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> str | None:
-        """Why training should stop, or None; keeps the policy when it is good."""
+    def __call__(self, rollouts: Sequence[Rollout]) -> Verdict:
+        """Keeps a good policy; puts the one kept in the place of a bad one, or stops."""
         self.share = sum(bool(self._measure(one.prompt, one.text)) for one in rollouts) / len(rollouts)
         if self.share >= self._stage.stop_below:
             self._kept, self._bad = [parameter.detach().clone() for parameter in self._parameters], 0
-            return None
+            return Verdict()
         self._bad += 1
         if self._bad < self._stage.stop_after:
-            return None
+            return Verdict(again=self.restore())
         times = f" {self._bad} times in a row" if self._bad > 1 else ""
         name, limit = self._stage.stop_measure.path, self._stage.stop_below
-        return f"{self.share:.0%} of the answers pass {name}, below {limit:.0%}{times}"
+        return Verdict(stop=f"{self.share:.0%} of the answers pass {name}, below {limit:.0%}{times}")
 
     def restore(self) -> bool:
         """Put the kept policy back if the last rollout was bad, and say whether; one that never was good stays."""
