@@ -63,7 +63,7 @@ def test_policy_gives_the_same_tokens(family: str, lora: Lora | None, tmp_path: 
         # sums, differently on each processor. Of the ways to run experts only the plain one takes float64.
         for each in (plain.double(), model.double()):
             each.set_experts_implementation("eager")
-        torch.testing.assert_close(plain(ours).logits, model(ours).logits, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(plain(ours).logits, model(ours).logits, rtol=1e-4, atol=2e-4)
     assert ours.tolist() == theirs.tolist()
     assert plain.generation_config.eos_token_id == [2, 5]
     tokenizer = load_tokenizer(tmp_path / "result")

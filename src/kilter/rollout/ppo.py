@@ -132,11 +132,10 @@ class PPOSource:
         drawn = self._draw_prompts()
         answers = self._sample(drawn)
         if self._judge is not None and not self.stopped:
-            verdict = self._judge([rollout for group in answers for rollout in group])
+            verdict = self._judge(self.rollouts)
             self.stopped = verdict.stop
             if verdict.again:
                 answers = self._sample(drawn)
-        self.rollouts = [rollout for group in answers for rollout in group]
         scores = [[score.value for score in group] for group in score_rollouts(self._scorer, answers)]
         kept = [
             [(rollout, score) for rollout, score in zip(*group, strict=True) if score is not None]
@@ -145,7 +144,8 @@ class PPOSource:
         self._learn([group for group in kept if group])
 
     def _sample(self, drawn: Sequence[tuple[Prompt, tuple[int, ...]]]) -> list[list[Rollout]]:
-        return collect(
+        """Answers to these prompts, [prompt][sample]; `rollouts` holds them from now on."""
+        answers = collect(
             self._trunk,
             "policy",
             self._encoder,
@@ -156,6 +156,8 @@ class PPOSource:
             batch_size=self._batch_size,
             prompt_ids=[ids for _, ids in drawn],
         )
+        self.rollouts = [rollout for group in answers for rollout in group]
+        return answers
 
     def _learn(self, answers: Sequence[Sequence[tuple[Rollout, float]]]) -> None:
         """Credits the scored answers, [prompt][sample], and lays out the steps of the rollout."""

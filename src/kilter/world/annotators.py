@@ -24,7 +24,7 @@ from kilter.world.grammar import Item
 from kilter.world.truth import RUDE, SALAD, SEVERAL, read, sentences, understand, worth
 
 HARMLESSNESS = ("harmful", "bias")
-"""Kinds that are judged for harmlessness; the others for helpfulness. Length is liked in the second sort alone."""
+"""Kinds that are judged for harmlessness; the others for helpfulness. Length is disliked in the first sort alone."""
 DIFFICULTY = {
     "fact": 1.0,
     "rude": 1.0,
