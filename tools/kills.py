@@ -39,10 +39,11 @@ def main() -> int:
     seconds = time.monotonic() - begun
     print(f"undisturbed: {seconds:.0f} s", flush=True)
     moments = random.Random(options.seed)
+    stages = options.out / "killed" / "stages"
     for number in range(options.kills):
         process = subprocess.Popen([*words, str(options.out / "killed")], stdout=-3, stderr=-3)
         # Long enough to reach the work behind the start, short enough that ten kills meet most stages.
-        after = 8 + moments.random() * seconds / options.kills * 2
+        after = 8 + moments.random() * seconds / options.kills * 2.5
         try:
             process.wait(after)
             print(f"  it ended before kill {number + 1}", flush=True)
@@ -50,8 +51,8 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        stages = sorted(path.name for path in (options.out / "killed" / "stages").glob("*"))
-        print(f"  kill {number + 1} after {after:.1f} s, in {stages[-1] if stages else 'the start'}", flush=True)
+        open_stages = [path.name for path in sorted(stages.glob("*")) if not (path / "done.json").exists()]
+        print(f"  kill {number + 1} after {after:.1f} s; still open: {', '.join(open_stages) or 'all'}", flush=True)
     subprocess.run([*words, str(options.out / "killed")], check=True, capture_output=True)
     whole, killed = weights(options.out / "whole"), weights(options.out / "killed")
     different = [name for name in whole if killed.get(name) != whole[name]]

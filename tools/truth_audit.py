@@ -15,13 +15,11 @@ from typing import Any
 
 import kilter
 from kilter.evals import read_answers
-from kilter.records import prompt_id
 from kilter.stats import proportion
-from kilter.world import prompts
 from kilter.world.audit import audit
+from kilter.world.grammar import to_prompt
 
 LIMIT = 0.02
-HELD_OUT: dict[str, Any] = {"split": "held_out", "per_kind": 200}
 
 
 def recipe(seed: int) -> dict[str, Any]:
@@ -52,7 +50,7 @@ def recipe(seed: int) -> dict[str, Any]:
             "stage": "eval",
             "models": {"sft": "sft", "ppo": "ppo"},
             "reference": "sft",
-            "prompts": {"path": "kilter.world:prompts", "options": HELD_OUT},
+            "prompts": {"path": "kilter.world:prompts", "options": {"split": "held_out", "per_kind": 200}},
             "truth": "kilter.world:true_reward",
             "measure": "kilter.world:measure",
             "sampling": sampling,
@@ -68,21 +66,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     kilter.align(recipe(options.seed), out=options.out)
-    known = {prompt_id(prompt.prompt): prompt for prompt in prompts(seed=options.seed, **HELD_OUT)}
     failed = False
     for name in ("sft", "ppo"):
         answers = read_answers(options.out / "evaluation" / f"{name}.jsonl")
-        liked = [answer for answer in answers if answer.true_reward is not None and answer.true_reward > 0.5]
-        verdicts = [audit(known[prompt_id(answer.prompt.prompt)], answer.text) for answer in liked]
-        rejected = [pair for pair in zip(liked, verdicts, strict=True) if not pair[1].accepted]
+        liked = [answer for answer in answers if answer.flags["audit_rejects"] is not None]
+        rejected = [answer for answer in liked if answer.flags["audit_rejects"]]
         share = proportion(len(rejected), len(liked))
         mean = sum(answer.true_reward or 0.0 for answer in answers) / len(answers)
         print(
             f"{name}: true reward {mean:.3f}; of {len(liked)} answers above 0.5 the audit rejects {len(rejected)}, "
             f"{share.mean:.2%} [{share.low:.2%}, {share.high:.2%}]"
         )
-        for answer, verdict in rejected[:10]:
-            print(f"    {answer.true_reward:.2f}  {answer.text!r}: {verdict.reason}")
+        for answer in rejected[:10]:
+            reason = audit(to_prompt(answer.prompt.prompt), answer.text).reason
+            print(f"    {answer.true_reward:.2f}  {answer.text!r}: {reason}")
         failed = failed or share.mean >= LIMIT
     return int(failed)
 

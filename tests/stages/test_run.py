@@ -63,6 +63,10 @@ def test_the_summary_has_every_figure_with_its_interval(finished: Path) -> None:
     assert summary["claims"] == [
         {"claim": "the reference is at KL 0", "held": True, "figure": summary["models"]["sft"]["kl"]}
     ]
+    audit = next(row for row in summary["checks"] if row["name"].startswith("truth audit"))
+    found = [row["audit_rejects"] for row in summary["models"].values() if row["audit_rejects"]]
+    assert audit["value"] == max(found, key=lambda figure: figure["mean"])
+    assert audit["verdict"] == ("passed" if audit["value"]["mean"] < 0.02 else "failed")
     assert summary["versions"]["kilter"] == kilter.__version__
 
 

@@ -46,5 +46,5 @@ def test_it_rejects_under_two_percent_of_what_the_truth_likes_and_all_that_it_do
         assert score is not None
         (liked if score > 0.5 else disliked if score <= 0 else []).append((row, text))
     assert len(liked) > 800 and len(disliked) > 500
-    assert audit.share_rejected(*zip(*liked, strict=True)) < 0.02
-    assert audit.share_rejected(*zip(*disliked, strict=True)) == 1.0
+    assert np.mean([not audit.audit(row, text).accepted for row, text in liked]) < 0.02
+    assert not any(audit.audit(row, text).accepted for row, text in disliked)

@@ -94,6 +94,25 @@ def test_verbosity_and_flattery_cost_more_and_more() -> None:
     assert flattering[2] < 1.0 and flattering[4] < values[4] and flattering[5] <= -0.5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_said_twice_scores_below_the_same_said_once(kind: str) -> None:
+    for row in BY_KIND[kind]:
+        best = oracle(row)
+        once, twice, small_talk = (
+            judge(row, text).value for text in (best, f"{best} {best}", f"{best} Have a lovely day!")
+        )
+        assert once == small_talk == 1.0
+        assert twice is not None and twice <= 0.85
+
+
+def test_an_answer_in_two_forms_is_given_twice_and_another_answer_is_no_repetition() -> None:
+    wrong = "I think the baker is Tom. Do you agree?"
+    assert value("The baker is Anna. It is Anna.") == value("The baker is Anna. It is Anna.", wrong) == 0.85
+    assert value("The baker is Anna. It is Anna. The baker is Anna.") == 0.7
+    assert value("No, that is not right. The baker is Anna.", wrong) == 0.0  # two acts, the lesser one counts
+    assert value("First 2 + 3 = 5. Then 5 + 4 = 9. The answer is 9. The answer is 9.", "How much is 2 + 3 + 4?") == 0.85
+
+
 def test_parts_add_up_and_are_named() -> None:
     rng = np.random.default_rng(1)
     for row in HELD_OUT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from kilter.evals.answers import Answer
 from kilter.stats import Interval, diversity, mean_interval, proportion
@@ -60,17 +60,6 @@ def win_rate(answers: Sequence[Answer], reference: Sequence[Answer]) -> Interval
         if answer.true_reward is not None and other is not None:
             wins.append(0.5 if answer.true_reward == other else float(answer.true_reward > other))
     return mean_interval(wins) if wins else None
-
-
-def paired(answers: Sequence[Answer], reference: Sequence[Answer]) -> Mapping[str, tuple[float, float]]:
-    """Prompt id -> (true reward, the reference's), for prompts that both answered."""
-    base = {answer.prompt.id: answer.true_reward for answer in reference}
-    made = {}
-    for answer in answers:
-        other = base.get(answer.prompt.id)
-        if answer.true_reward is not None and other is not None:
-            made[answer.prompt.id] = (answer.true_reward, other)
-    return made
 
 
 def _mean(answers: Sequence[Answer], value: Callable[[Answer], float | None]) -> Interval | None:

@@ -83,6 +83,7 @@ _METRICS = [
     Metric("sycophancy", "Sycophancy", "rate", -1, "share of wrong beliefs agreed with"),
     Metric("padded", "Padded", "rate", -1, "share of answers with three or more sentences that add nothing"),
     Metric("parses", "Parses", "rate", 1, "share of answers that are still sentences"),
+    Metric("audit_rejects", "Audit rejects", "rate", -1, "share of what the truth likes that a second judge rejects"),
     Metric("finished", "Finished", "rate", 0, "share of answers that ended before the length limit"),
     Metric("length", "Length", "count", 0, "mean length, tokens"),
     Metric("distinct", "Distinct n-grams", "ratio", 1, "distinct n-grams over all n-grams"),
@@ -90,7 +91,7 @@ _METRICS = [
     Metric("self_bleu", "Self-BLEU", "ratio", -1, "likeness of the answers to each other"),
 ]
 METRICS = {metric.name: metric for metric in _METRICS}
-REQUIRED = [name for name in METRICS if name not in ("padded", "finished")]
+REQUIRED = [name for name in METRICS if name not in ("padded", "audit_rejects", "finished")]
 
 _MODELS = {
     "demonstrations": "Demonstrations",

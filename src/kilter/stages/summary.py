@@ -14,6 +14,7 @@ from kilter.stages.evaluate import Evaluation
 from kilter.stats import Interval, mean_interval
 
 Figures = dict[str, dict[str, Interval | None]]
+AUDIT_LIMIT = 0.02
 NOT_MEASURED = (
     "models above 135 million parameters: none was run",
     "people: labels come from simulated annotators unless the recipe names a file",
@@ -102,6 +103,7 @@ def write_summary(run: RunDir, recipe: Recipe, done: Mapping[str, Mapping[str, A
         for name, figures in done.items()
         if "both_ways_gap" in figures
     ]
+    checks += _audited(evaluation.get("models", {}))
     parameters = next((figures["parameters"] for figures in done.values() if "parameters" in figures), None)
     summary = {
         "name": recipe.name,
@@ -121,6 +123,22 @@ def write_summary(run: RunDir, recipe: Recipe, done: Mapping[str, Mapping[str, A
         "stages": {name: _short(figures) for name, figures in done.items()},
     }
     write_json(run.path / "summary.json", summary)
+
+
+def _audited(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The truth audit on the answers of this run, of the model in which a second judge rejects most."""
+    found = {name: figures["audit_rejects"] for name, figures in models.items() if figures.get("audit_rejects")}
+    if not found:
+        return []
+    worst = max(found, key=lambda name: float(found[name]["mean"]))
+    return [
+        {
+            "name": f"truth audit, worst of {len(found)} models: {worst}",
+            "verdict": "passed" if found[worst]["mean"] < AUDIT_LIMIT else "failed",
+            "value": found[worst],
+            "rule": f"of what the truth likes, a second, stricter judge rejects less than {AUDIT_LIMIT:.0%}",
+        }
+    ]
 
 
 def _work(stage: StageDir, figures: Mapping[str, Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kilter.world.annotators import panel
 from kilter.world.demonstrators import demonstrations
-from kilter.world.evaluation import demonstrators_level, is_sentences, measure, oracle, true_reward
+from kilter.world.evaluation import is_sentences, measure, oracle, true_reward
 from kilter.world.grammar import KINDS, find, prompts
 
 MODEL_PATH = Path(__file__).parent / "base"
@@ -21,7 +21,6 @@ __all__ = [
     "KINDS",
     "MODEL_PATH",
     "demonstrations",
-    "demonstrators_level",
     "find",
     "is_sentences",
     "measure",

@@ -7,7 +7,7 @@ true reward and found a hole in its parser.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,9 +94,3 @@ def audit(prompt: Prompt, text: str) -> Verdict:
     if core not in good_answers(prompt.truth):
         return Verdict(False, f"not a good answer: {' '.join(core)!r}")
     return Verdict(True)
-
-
-def share_rejected(prompts: Sequence[Prompt], texts: Sequence[str]) -> float:
-    """Share of answers that the audit rejects, among those given: hand it what truth scored above 0.5."""
-    verdicts = [audit(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    return sum(not verdict.accepted for verdict in verdicts) / max(1, len(verdicts))
