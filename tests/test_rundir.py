@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,41 @@ def test_a_full_disk_is_named_with_its_remedy(tmp_path: Path) -> None:
     stage.metrics.symlink_to("/dev/full")
     with pytest.raises(RunError, match="the disk is full; free some space"):
         stage.log({"step": 1})
+
+
+FULL = """
+import sys, torch
+from pathlib import Path
+import safetensors.torch
+from tokenizers import Tokenizer, models
+from kilter import rundir
+from kilter.errors import RunError
+weights = {"a": torch.zeros(1 << 20)}
+words = Tokenizer(models.WordLevel({f"word-{n}": n for n in range(1 << 16)}, "word-0"))
+full = {
+    "safetensors": lambda folder: safetensors.torch.save_file(weights, folder / "model.safetensors"),
+    "tokenizers": lambda folder: words.save(str(folder / "tokenizer.json")),
+    "python": lambda folder: (folder / "text").write_text("x" * (1 << 22)),
+}
+for name, write in full.items():
+    target = Path(sys.argv[1]) / name
+    try:
+        with rundir.write_folder(target) as folder:
+            write(folder)
+    except RunError as err:
+        print(name, err, target.exists())
+"""
+
+
+def test_whoever_meets_the_full_disk_the_message_is_one_and_nothing_stands_there(tmp_path: Path) -> None:
+    small = 'mount -t tmpfs -o size=1m tmpfs "$2" && exec "$0" -c "$1" "$2"'
+    isolated = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*isolated, f"mount -t tmpfs tmpfs {tmp_path}"]).returncode:
+        pytest.skip("no file system can be mounted here")
+    told = subprocess.run([*isolated, small, sys.executable, FULL, str(tmp_path)], capture_output=True, text=True)
+    rule = "the disk is full; free some space and run the same command again"
+    names = ("safetensors", "tokenizers", "python")
+    assert told.stdout.splitlines() == [f"{name} {tmp_path / name}: {rule} False" for name in names], told.stderr
 
 
 def test_rows_after_the_checkpoint_are_dropped_and_a_torn_line_is_left_out(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -37,14 +38,24 @@ def explained(path: Path) -> Iterator[None]:
     """Turn what the file system says into one line with a remedy."""
     try:
         yield
-    except OSError as err:
-        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as err:
+        number = _error_number(err)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(f"{path}: the disk is full; free some space and run the same command again") from err
-        if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise RunError(f"{path}: cannot be written ({err.strerror}); choose another folder with --out") from err
-        if err.errno in (errno.ENOTDIR, errno.EEXIST):
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            why = os.strerror(number)
+            raise RunError(f"{path}: cannot be written ({why}); choose another folder with --out") from err
+        if number in (errno.ENOTDIR, errno.EEXIST):
             raise RunError(f"{path}: a file stands where a folder is needed; choose another folder with --out") from err
         raise
+
+
+def _error_number(err: Exception) -> int | None:
+    """The file system's number of an error. safetensors and tokenizers raise their own, with the number in the text."""
+    if isinstance(err, OSError):
+        return err.errno
+    told = re.search(r"\(os error (\d+)\)", str(err))
+    return int(told[1]) if told else None
 
 
 def write_text(path: Path, text: str) -> None:

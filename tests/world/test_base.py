@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from kilter.errors import RunError
 from kilter.world import KINDS, MODEL_PATH, pretrain
 from kilter.world.demonstrators import PLAIN
 
@@ -104,6 +105,38 @@ def test_pretraining_writes_the_same_bytes_again(tmp_path: Path) -> None:
     ]
     assert hashes[0] == hashes[1] and "model.safetensors" in hashes[0]
     assert losses[:6] == losses[6:] and losses[5] < losses[0]
+
+
+def test_killed_and_called_again_pretraining_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
+    seen: list[int] = []
+
+    def kill(step: int, _figures: dict[str, float]) -> None:
+        seen.append(step)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    pretrain.pretrain(tmp_path / "whole", steps=5, batch_size=8)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(tmp_path / "killed", steps=5, batch_size=8, on_step=kill)
+    assert not (tmp_path / "killed").exists()
+    with pytest.raises(RunError, match=r"checkpoints of a run with .*'steps': 5.* not .*'steps': 6.*delete the folder"):
+        pretrain.pretrain(tmp_path / "killed", steps=6, batch_size=8)
+    pretrain.pretrain(tmp_path / "killed", steps=5, batch_size=8, on_step=kill)
+    assert seen == [1, 2, 3, 3, 4, 5]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_pretraining_refuses_a_folder_that_cannot_be_written_before_it_works(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    steps: list[int] = []
+    with pytest.raises(RunError, match="a file stands where a folder is needed"):
+        pretrain.pretrain(tmp_path / "file" / "base", steps=1, on_step=lambda step, _: steps.append(step))
+    assert steps == []
 
 
 def test_a_batch_scores_the_answer_alone(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 
 import kilter
-from kilter.errors import ModelError, RunError
+from kilter.errors import ModelError
 from kilter.models.adapters import gather_adapter, is_writer
 from kilter.models.attention import has_attention_softcap, text_config
 from kilter.models.load import origin_config, plain_model, quiet, whole
@@ -127,17 +126,14 @@ def _write(trunk: Trunk, role: str, folder: Path, plain: Any, tokenizer: Any) ->
         about["trunk"] = adapter.about["trunk"]
     if not is_writer():
         return
-    try:
-        with write_folder(folder) as beside:
-            with quiet():
-                plain.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-            if has_attention_softcap(plain.config):
-                # Read by transformers: its own default there, `sdpa`, would drop the cap and give other numbers.
-                config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
-                write_json(beside / "config.json", config | {"attn_implementation": "eager"})
-            if adapter is not None:
-                adapter.write(beside / "adapter")
-            write_json(beside / "kilter.json", about)
-    except SafetensorError as err:
-        raise RunError(f"{folder}: the weights could not be written ({err}); is the disk full?") from err
+    with write_folder(folder) as beside:
+        with quiet():
+            plain.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        if has_attention_softcap(plain.config):
+            # Read by transformers: its own default there, `sdpa`, would drop the cap and give other numbers.
+            config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
+            write_json(beside / "config.json", config | {"attn_implementation": "eager"})
+        if adapter is not None:
+            adapter.write(beside / "adapter")
+        write_json(beside / "kilter.json", about)

@@ -7,9 +7,12 @@ the number of threads is fixed, and nothing reads the clock.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kilter.errors import RunError
 from kilter.records import Conversation, Message
+from kilter.rundir import write_folder
+from kilter.train.checkpoint import CheckpointStore
+from kilter.train.loop import TrainState
 from kilter.world import grammar
 from kilter.world import model as parts
 from kilter.world.demonstrators import PLAIN, PRETRAINED, Mixture, write, write_and_react
@@ -41,6 +48,7 @@ PLAIN_KINDS = (*KINDS, *(4 * ("sum",)), "passage", "passage", "fact", "fact", "w
 # Where telling right from wrong takes most learning; the first phase has its own.
 MIXED_KINDS = (*KINDS, "fact", "passage", "rude", "two_turn", "passage")
 STEPS = 2400
+CHECKPOINT_EVERY = 100
 
 
 def conversations(rng: np.random.Generator, mixture: Mixture = PRETRAINED) -> Iterator[Conversation]:
@@ -130,6 +138,21 @@ def make_tokenizer(rng: np.random.Generator, *, talks: int = 6000) -> PreTrained
     return parts.wrap(parts.train_tokenizer(texts))
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What a checkpoint was made with: another run does not go on from it."""
+
+    values: dict[str, Any]
+    folder: Path
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.values
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state != self.values:
+            raise RunError(f"{self.folder}: checkpoints of a run with {state}, not {self.values}; delete the folder")
+
+
 def pretrain(
     out: Path,
     *,
@@ -143,6 +166,8 @@ def pretrain(
 ) -> LlamaForCausalLM:
     """Train the base model from nothing and save it to `out` as an ordinary model folder in bfloat16.
 
+    Killed and called again, it goes on from its last checkpoint, in `<out>.checkpoints`, to the same bytes.
+
     Args:
         out: folder to write.
         seed: of the text, its order and the initial values.
@@ -151,35 +176,48 @@ def pretrain(
         peak: highest learning rate.
         threads: fixed, because the last bits of a sum depend on it.
         on_step: called with the step and its figures.
+    Raises:
+        RunError: `out` cannot be written, or the checkpoints beside it are of another call.
     """
+    values = {"seed": seed, "steps": steps, "plain_share": plain_share, "batch_size": batch_size, "peak": peak}
+    store = CheckpointStore(out.with_name(f"{out.name}.checkpoints"), keep=1)
+    options = _Options({**values, "threads": threads}, store.folder)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         tokenizer = make_tokenizer(np.random.default_rng([seed, 1]))
         model = parts.make_model(parts.make_config(tokenizer), torch.Generator().manual_seed(seed))
-        decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-        spared = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+        decayed = [(name, parameter) for name, parameter in model.named_parameters() if parameter.dim() > 1]
+        spared = [(name, parameter) for name, parameter in model.named_parameters() if parameter.dim() == 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": spared, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
+        state = TrainState(model, optimizer)
+        if not store.resume(state, {"options": options}):
+            store.save(state, {"options": options})  # before any work: a folder that cannot be written is refused here
         rng = np.random.default_rng([seed, 2])
         plain = int(steps * plain_share)
         text = chain(
             batches(tokenizer, rng, batch_size=batch_size, steps=plain, mixture=PLAIN),
             batches(tokenizer, rng, batch_size=batch_size, steps=steps - plain),
         )
-        for step, (ids, targets) in enumerate(text):
+        for ids, targets in islice(text, state.step, None):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak)
+                group["lr"] = learning_rate(state.step, steps, peak)
             loss = loss_of(model, ids, targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            state.step += 1
+            if state.step % CHECKPOINT_EVERY == 0:
+                store.save(state, {"options": options})
             if on_step is not None:
-                on_step(step + 1, {"loss": float(loss.detach()), "grad_norm": float(norm)})
+                on_step(state.step, {"loss": float(loss.detach()), "grad_norm": float(norm)})
     finally:
         torch.set_num_threads(before)
     model.to(torch.bfloat16)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with write_folder(out) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+    shutil.rmtree(store.folder)
     return model
