@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
     parser.add_argument("rest", nargs="*", help="options of `kilter demo`, after --")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = 0
     for seed in options.seeds:
         run = options.out / str(seed)
         words = [sys.executable, "-m", "kilter.cli", "demo", "--seed", str(seed), "--out", str(run), *options.rest]
-        subprocess.run(words, check=True)
+        begun = time.monotonic()
+        with subprocess.Popen(words) as demo:
+            try:
+                if demo.wait():
+                    return demo.returncode
+            finally:
+                demo.terminate()  # whatever ends this tool ends the run too; it goes on with the next call
+        wall = time.monotonic() - begun
         summary = json.loads((run / "summary.json").read_text())
         accuracy = summary["reward_model"]["accuracy"]
         print(
@@ -46,14 +56,13 @@ def main() -> int:
         failed += accuracy["mean"] < 0.75
         for name in ("base", "sft", "best_of_n", "dpo", "ppo", "ppo_without_kl"):
             closed = gap_closed(summary, name)
-            values = [
-                f"{metric} {figure(summary, name, metric)!s:.6}" for metric in ("true_reward", "proxy_reward", "kl")
-            ]
-            print(f"  {name:<16}{'  '.join(values)}  gap closed {closed:.2f}" if closed is not None else f"  {name}")
+            values = [(metric, figure(summary, name, metric)) for metric in ("true_reward", "proxy_reward", "kl")]
+            told = "  ".join(f"{metric} {value:.3f}" for metric, value in values if value is not None)
+            print(f"  {name:<16}{told}  gap closed {'-' if closed is None else format(closed, '.2f')}")
         for claim in summary["claims"]:
             failed += claim["held"] is not True
             print(f"  {'holds ' if claim['held'] else 'FAILS '} {claim['claim']}  {claim['figure']}")
-        print(f"  seconds: {summary['timings']}", flush=True)
+        print(f"  {wall:.0f} s in this call; work: {summary['timings']}", flush=True)
     print(f"{failed} failed")
     return 1 if failed else 0
 

@@ -53,7 +53,7 @@ class Liking:
     """Utility a word, in helpfulness; see `harmless_length_bias`. Flattery alone lets the longer answer win 62%."""
     harmless_length_bias: float = -0.15
     """Utility a word, in harmlessness."""
-    flattery_bias: float = 0.8
+    flattery_bias: float = 0.7
     """Utility a flattering sentence."""
     side_bias: float = 0.05
     """Utility of the answer shown first; the next get linearly less, the last as much less than nothing."""
