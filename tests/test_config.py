@@ -11,6 +11,7 @@ import yaml
 from kilter.config import Recipe, dump, load, parse
 from kilter.errors import ConfigError
 
+EVAL = {"stage": "eval", "models": {"a": "m"}, "reference": "m", "prompts": "p.jsonl"}
 SFT = {"stage": "sft", "model": "base", "data": "demos.jsonl"}
 
 
@@ -37,6 +38,18 @@ def refused(raw: Any) -> str:
         ({"stages": {"a": {"stage": "sft", "model": "x"}}}, ["stages.a.data", "missing"]),
         ({"stages": {"a": SFT | {"model": "b"}, "b": SFT}}, ["stages.a.model", "'b'", "earlier"]),
         ({"stags": {}}, ["stages", "missing"]),
+        ({"stages": {}}, ["stages", "at least 1"]),
+        ({"stages": {"../../victim": SFT}}, ["stages", "'../../victim'", "begins with a letter"]),
+        ({"stages": {"a\x1b[31m": SFT}}, ["stages", r"\x1b", "begins with a letter"]),
+        ({"stages": {"a" * 65: SFT}}, ["stages", "at most 64"]),
+        ({"stages": {"sft": SFT | {"optim": {"learning_rate": "fast"}}}}, ["stages.sft.optim.learning_rate is 'fast'"]),
+        ({"stages": {"e": EVAL | {"models": {"../pwn": "m"}}}}, ["stages.e.models", "'../pwn'", "a letter"]),
+        ({"stages": {"e": EVAL | {"models": {"curve": "m"}}}}, ["models.curve", "another name"]),
+        ({"stages": {"e": EVAL | {"claims": [{"text": "t", "left": "a.kl"}]}}}, ["'t'", "no bound", "`above`"]),
+        (
+            {"stages": {"e": EVAL | {"claims": [{"text": "t", "left": "b.kl", "above": 0}]}}},
+            ["'t'", "'b.kl'", "model.metric", "a.true_reward"],
+        ),
         ([1], ["mapping", "list"]),
         ({"name": "../x", "stages": {"a": SFT}}, ["name", "'../x'"]),
         ({"stages": {"a": SFT | {"optim": {"learning_rate": float("nan")}}}}, ["learning_rate", "finite"]),
@@ -70,3 +83,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     broken.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="UTF-8"):
         load(broken)
+
+
+@pytest.mark.parametrize("text", ["world: 2024-13-45", "seed: " + "9" * 5000, "[" * 5000])
+def test_what_yaml_itself_cannot_take_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"r\.yaml(:\d+)?: .*mend the YAML"):
+        load(path)

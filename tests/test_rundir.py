@@ -23,6 +23,7 @@ def recipe(rate: float = 1e-3):
 
 def test_a_run_of_another_recipe_is_refused_and_left_alone(tmp_path: Path) -> None:
     run = RunDir.open(tmp_path / "run", recipe(), environment={})
+    run.stage(1, "a").log({"step": 1})
     run.close()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(RunError, match=r"learning_rate: 0\.001`, here `learning_rate: 0\.002`"):
@@ -31,7 +32,43 @@ def test_a_run_of_another_recipe_is_refused_and_left_alone(tmp_path: Path) -> No
     RunDir.open(tmp_path / "run", recipe(), environment={}).close()
 
 
+def test_a_recipe_with_which_nothing_was_done_yet_makes_room(tmp_path: Path) -> None:
+    held = RunDir.open(tmp_path, recipe(), environment={})
+    with pytest.raises(RunError, match="another process is at work in it"):
+        RunDir.open(tmp_path, recipe(2e-3), environment={})
+    held.close()
+    RunDir.open(tmp_path, recipe(2e-3), environment={}).close()
+    assert "learning_rate: 0.002" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_a_run_goes_on_from_the_data_it_began_with_alone(tmp_path: Path) -> None:
+    begun = {"inputs": {"pairs.jsonl": "aa" * 32, "model": "bb" * 32}}
+    RunDir.open(tmp_path, recipe(), environment=begun).close()
+    RunDir.open(tmp_path, recipe(), environment=begun).close()
+    changed = {"inputs": {"pairs.jsonl": "cc" * 32, "model": "bb" * 32}}
+    with pytest.raises(
+        RunError, match=r"pairs\.jsonl has changed since this run began: its SHA-256 was aaaaaaaaaaaa\.\.\."
+    ):
+        RunDir.open(tmp_path, recipe(), environment=changed)
+    (tmp_path / "environment.json").write_text("{")
+    with pytest.raises(RunError, match=r"environment\.json: not JSON .*edited or damaged"):
+        RunDir.open(tmp_path, recipe(), environment=begun)
+
+
+def test_a_damaged_end_of_a_stage_is_named(tmp_path: Path) -> None:
+    stage = rundir.StageDir(tmp_path)
+    for text, rule in (("", "not JSON"), ("[1]", "not a JSON object"), ("{}", "no figures of a stage")):
+        (tmp_path / "done.json").write_text(text)
+        with pytest.raises(RunError, match=f"done.json: {rule}.*edited or damaged"):
+            _ = stage.done
+
+
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "recipe.yaml").write_text("name: mine\n")  # a recipe in a folder makes no run of it
+    with pytest.raises(RunError, match="not a run of Kilter"):
+        RunDir.open(tmp_path / "own", recipe(), environment={})
+    assert (tmp_path / "own" / "recipe.yaml").read_text() == "name: mine\n"
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(RunError, match="not a run of Kilter"):
         RunDir.open(tmp_path, recipe(), environment={})

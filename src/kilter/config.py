@@ -18,11 +18,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StringConstraints,
     ValidationError,
     model_validator,
 )
 
 from kilter.errors import ConfigError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")]
+"""Name of a stage or of an evaluated model: it becomes a file's name and an option's."""
 
 
 class Model(BaseModel):
@@ -364,12 +368,18 @@ class Claim(Model):
     paired: bool = True
     """False: the interval is that of `left` alone, less the mean of `right`."""
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.above is None and self.below is None:
+            raise ValueError(f"the claim {self.text!r} has no bound; give `above`, `below` or both")
+        return self
+
 
 class EvalStage(Stage):
     """Sample every model on held-out prompts and measure it against truth, proxy and reference."""
 
     stage: Literal["eval"] = "eval"
-    models: dict[str, str]
+    models: dict[Name, str]
     """Name in the report -> model folder or stage."""
     reference: str
     """The model from which KL and win rate are measured: usually the SFT stage."""
@@ -393,6 +403,23 @@ class EvalStage(Stage):
     claims: tuple[Claim, ...] = ()
     """What the run should show."""
 
+    @model_validator(mode="after")
+    def _names_are_free_and_known(self) -> Self:
+        taken = ("answers", "curve", "demonstrations")
+        if clash := [name for name in taken if name in self.models]:
+            raise ValueError(
+                f"models.{clash[0]} has the name of a file of every evaluation; give the model another name"
+            )
+        for claim in self.claims:
+            for address in filter(None, (claim.left, claim.right)):
+                model, _, metric = address.partition(".")
+                if not metric or model not in (*self.models, "demonstrations"):
+                    raise ValueError(
+                        f"the claim {claim.text!r} reads {address!r}; it must be model.metric, for example "
+                        f"{next(iter(self.models), 'sft')}.true_reward"
+                    )
+        return self
+
 
 AnyStage = Annotated[
     SftStage | CollectStage | RewardStage | PreferStage | RlStage | BestOfNStage | EvalStage,
@@ -413,7 +440,7 @@ class Recipe(Model):
     """CPU threads of a process; 0: its share of the cores. In the recipe because sums depend on it in the last bit."""
     jobs: Annotated[int, Field(ge=1)] = 1
     """Processes. Stages that do not wait for each other run side by side, and so do the models of an evaluation."""
-    stages: dict[str, AnyStage]
+    stages: Annotated[dict[Name, AnyStage], Field(min_length=1)]
     """The stages, in order; an input that names a stage must come after it."""
 
     @model_validator(mode="after")
@@ -469,10 +496,10 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: cannot be read ({err}); a recipe is a UTF-8 YAML file") from err
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as err:
+    except (yaml.YAMLError, ValueError, RecursionError) as err:  # ValueError: a date that is none, a number too long
         mark = getattr(err, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(err, "problem", None) or "not YAML"
+        problem = getattr(err, "problem", None) or f"not YAML ({type(err).__name__}: {str(err).splitlines()[0]})"
         raise ConfigError(f"{path}{line}: {problem}; mend the YAML (indentation, colons, quotes)") from err
 
 
@@ -484,7 +511,8 @@ def dump(recipe: Recipe) -> str:
 def explain(err: ValidationError, raw: Any) -> str:
     """The first problem of a validation error in one line, with the nearest known key for an unknown one."""
     first = err.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"] if not _is_tag(part, first["loc"])]
+    loc = first["loc"]
+    path = [str(part) for at, part in enumerate(loc) if not _is_tag(at, loc)]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = _fields_at(path[:-1], raw)
@@ -497,6 +525,9 @@ def explain(err: ValidationError, raw: Any) -> str:
         return f"{where}.stage is missing; choose one of {', '.join(STAGES)}"
     if first["type"] == "missing":
         return f"{where} is missing; it is required"
+    if path[-1:] == ["[key]"]:
+        rule = "a name is at most 64 letters, digits, `_` and `-`, and begins with a letter"
+        return f"{'.'.join(path[:-2])} has the name {first['input']!r}; {rule}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"]) if not where else f"{where}: {first['ctx']['error']}"
     more = f" (and {err.error_count() - 1} more)" if err.error_count() > 1 else ""
@@ -504,10 +535,9 @@ def explain(err: ValidationError, raw: Any) -> str:
     return f"{where} is {first['input']!r}; {message}{more}"
 
 
-def _is_tag(part: Any, loc: tuple[Any, ...]) -> bool:
+def _is_tag(at: int, loc: tuple[Any, ...]) -> bool:
     """Pydantic puts the discriminator's value into the location after a stage's name; people never wrote it there."""
-    at = loc.index(part)
-    return at == 2 and loc[0] == "stages" and part in STAGES
+    return at == 2 and loc[0] == "stages" and loc[at] in STAGES
 
 
 def _fields_at(path: list[str], raw: Any) -> list[str]:

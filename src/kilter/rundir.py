@@ -99,6 +99,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    """A JSON file of ours."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise RunError(f"{path}: missing; the run directory was edited or damaged") from err
+    except ValueError as err:
+        raise RunError(f"{path}: not JSON ({err}); the run directory was edited or damaged") from err
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: not a JSON object; the run directory was edited or damaged")
+    return found
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -156,7 +169,12 @@ class StageDir:
     def done(self) -> dict[str, Any] | None:
         """What the stage said when it ended, or None while it has not."""
         path = self.path / "done.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        found = _json_object(path)
+        if "seconds" not in found:
+            raise RunError(f"{path}: no figures of a stage are in it; the run directory was edited or damaged")
+        return found
 
     def finish(self, **figures: Any) -> None:
         """Mark the stage as ended; written last, so an unfinished stage is never taken for a finished one."""
@@ -190,12 +208,14 @@ class RunDir:
         run = cls(path)
         file = path / "recipe.yaml"
         text = dump(recipe)
-        if file.exists():
+        stale = False
+        if file.exists() and (path / "environment.json").exists():
             try:
                 old = dump(parse(read_yaml(file), str(file)))
             except ConfigError as err:
                 raise RunError(f"{path}: its recipe cannot be read ({err}); choose another folder with --out") from err
-            if old != text:
+            stale = old != text and not run._has_begun()  # it was refused before any work was done
+            if old != text and not stale:
                 raise RunError(
                     f"{path}: holds a run of another recipe ({first_difference(old, text)}); "
                     "choose another folder with --out, or go on with the recipe that is there"
@@ -205,16 +225,38 @@ class RunDir:
         with explained(path):
             path.mkdir(parents=True, exist_ok=True)
             run._take(path / ".lock")
+            if stale:
+                file.unlink()
         if not file.exists():
             write_json(path / "environment.json", {"versions": versions(), **environment})
             write_text(file, text)
+        try:
+            run._check_inputs(environment.get("inputs", {}))
+        except RunError:
+            run.close()
+            raise
         return run
+
+    def _has_begun(self) -> bool:
+        """Has any stage written something?"""
+        return any(item.is_file() and not item.name.startswith(".") for item in (self.path / "stages").rglob("*"))
+
+    def _check_inputs(self, now: Mapping[str, str]) -> None:
+        """Refuse to go on from other data or another model than the run began with."""
+        then = _json_object(self.path / "environment.json").get("inputs", {})
+        for name, digest in now.items():
+            if then.get(name, digest) != digest:
+                raise RunError(
+                    f"{self.path}: {name} has changed since this run began: its SHA-256 was {then[name][:12]}..., now "
+                    f"{digest[:12]}...; put the old one back, or choose another folder with --out"
+                )
 
     def _take(self, path: Path) -> None:
         self._lock = path.open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
+            self.close()
             raise RunError(f"{self.path}: another process is at work in it; wait for it or end it") from err
 
     def close(self) -> None:

@@ -105,6 +105,44 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert out.read_text() == "mine"
 
 
+def test_another_kind_of_file_is_not_pretended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["world", "demonstrations", "--per-kind", "1", "--out", str(tmp_path / "a.jsonl")]) == 0
+    line = fails(["data", "convert", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "a.csv")], capsys)
+    assert "a.csv" in line and "name it .jsonl" in line
+
+
+@pytest.mark.parametrize("name", ["copy", "dry-run", "model_dump"])
+def test_a_stage_named_as_an_option_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"stages: {{{name}: {{stage: sft, model: m, data: d.jsonl}}}}")
+    assert "has the name of an option" in fails(["align", str(recipe)], capsys)
+
+
+def test_an_override_that_breaks_the_recipe_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.yaml"
+    stage = "{stage: sft, model: m, data: d.jsonl}"
+    recipe.write_text(f"stages: {{a: {stage}, b: {stage}}}")
+    assert "'b', which is not an earlier stage" in fails(["align", str(recipe), "--a.model", "b"], capsys)
+    for stages in ("[1, 2]", "{a: 3}", ""):
+        recipe.write_text(f"stages: {stages}")
+        assert "must be a mapping" in fails(["sft", "--config", str(recipe), "--out", str(tmp_path / "o")], capsys)
+
+
+def test_a_defect_is_one_line_with_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise ZeroDivisionError("by\nnothing")
+
+    monkeypatch.setattr(world, "prompts", broken)
+    words = ["world", "prompts", "--out", str(tmp_path / "p.jsonl")]
+    assert main(words) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "ZeroDivisionError: by nothing" in error and "test_surface.py:" in error
+    with pytest.raises(ZeroDivisionError):
+        main([*words, "--debug"])
+
+
 def test_convert_filter_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "demos.jsonl", tmp_path / "kept.jsonl"
     assert main(["world", "demonstrations", "--per-kind", "2", "--out", str(first)]) == 0

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,34 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path, name: str) -> N
     assert [(r.prompt[0].content, r.chosen, r.rejected) for r in result.records] == [  # type: ignore[attr-defined]
         (row["prompt"], row["chosen"], row["rejected"]) for row in PAIRS
     ]
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="this system has no /dev/fd")
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_pipe_gives_every_row(zipped: bool) -> None:
+    rows = [{"prompt": f"question {n}", "chosen": "yes " * 20, "rejected": "no"} for n in range(400)]
+    raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    source, sink = os.pipe()
+
+    def fill() -> None:
+        with open(sink, "wb") as file:
+            file.write(gzip.compress(raw) if zipped else raw)
+
+    threading.Thread(target=fill, daemon=True).start()
+    try:
+        assert len(read(Path(f"/dev/fd/{source}")).records) == 400
+    finally:
+        os.close(source)
+
+
+def test_a_number_without_end_is_a_bad_row(tmp_path: Path) -> None:
+    for name, text in (("a.jsonl", '{"prompt": %s}\n'), ("a.json", '[{"prompt": %s}]')):
+        (tmp_path / name).write_text(text % ("9" * 5000))
+        with pytest.raises(DataError, match=r"not readable: .*digits"):
+            read(tmp_path / name)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="nested too deep"):
+        read(tmp_path / "deep.json")
 
 
 def test_text_file_is_one_prompt_a_line(tmp_path: Path) -> None:

@@ -74,6 +74,25 @@ def test_folder_without_safetensors(folder: Path) -> None:
         load_model(folder)
 
 
+def test_damaged_weights_and_an_impossible_configuration_are_one_line(folder: Path) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    for damaged in (b"", weights[: len(weights) // 2], b"x" * 100):
+        (folder / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ModelError, match=f"{folder}: its weights cannot be read"):
+            load_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    with pytest.raises(ModelError, match=f"{folder}: cannot read the model's configuration"):
+        load_model(folder)
+
+
+def test_a_reward_model_is_no_language_model(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
+    with pytest.raises(ModelError, match=r"is a reward model.*cannot write"):
+        load_model(folder)
+
+
 def test_weights_that_do_not_fill_the_model(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kilter.errors import RunError
+from kilter.report import write_report
 from kilter.report.files import read_run
 
 
@@ -16,9 +17,17 @@ def test_no_directory_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_an_empty_directory_is_an_unfinished_run(tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
     run = read_run(tmp_path)
     assert run.models == {}
     assert run.problems == ["summary.json is missing: the run has not reached its end"]
+
+
+def test_a_folder_that_holds_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(RunError, match="no run is in it"):
+        write_report(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_line_cut_by_a_kill_is_left_out_and_counted(tmp_path: Path) -> None:

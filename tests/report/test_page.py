@@ -90,6 +90,7 @@ def test_any_part_may_be_missing(make_run, part: str) -> None:
 
 
 def test_an_empty_run_is_a_page_that_says_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
     page = page_of(tmp_path)
     assert [name for name in PARTS if name not in page.ids()] == []
     assert page.text.count("not measured") >= 10

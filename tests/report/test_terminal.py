@@ -46,4 +46,5 @@ def test_markup_in_names_is_text(make_run) -> None:
 
 
 def test_an_unfinished_run_says_so(tmp_path) -> None:
+    (tmp_path / "stages").mkdir()
     assert "summary.json is missing" in shown(tmp_path)

@@ -17,8 +17,11 @@ import small
 import transformers
 
 import kilter
+from kilter.config import parse
 from kilter.errors import CheckError, ConfigError, ModelError, RunError
 from kilter.rundir import read_jsonl
+from kilter.stages.inputs import fingerprints
+from kilter.world import MODEL_PATH
 
 METRICS = {
     "true_reward",
@@ -99,6 +102,13 @@ def test_training_moved_the_weights_and_the_same_call_does_nothing(finished: Pat
     kilter.align(small.recipe(), out=finished)
     assert {path: path.stat().st_mtime_ns for path in finished.glob("stages/*/done.json")} == done
     assert weights(finished) == before
+
+
+def test_what_was_read_stands_in_the_environment(finished: Path) -> None:
+    inputs = json.loads((finished / "environment.json").read_text())["inputs"]
+    assert set(inputs) == {"kilter.world:MODEL_PATH"}
+    copied = fingerprints(parse({"stages": {"a": {"stage": "sft", "model": str(MODEL_PATH), "data": __file__}}}, "r"))
+    assert copied[str(MODEL_PATH)] == inputs["kilter.world:MODEL_PATH"] != copied[__file__]
 
 
 def test_another_recipe_is_refused_in_the_same_folder(finished: Path) -> None:

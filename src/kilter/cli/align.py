@@ -9,9 +9,11 @@ from pydantic import create_model
 
 from kilter.cli.execute import execute
 from kilter.cli.options import RunOptions, parse, with_run_options
-from kilter.config import Recipe, load
+from kilter.config import load
+from kilter.config import parse as parse_recipe
 from kilter.errors import ConfigError
 
+OPTIONS = frozenset(RunOptions.model_fields)
 HELP = """usage: kilter align RECIPE [--STAGE.KEY VALUE ...] [options]
 
 Run the stages of a recipe in order. `kilter align RECIPE --help` lists every option of that recipe.
@@ -34,12 +36,14 @@ def run_file(prog: str, path: Path, argv: list[str]) -> int:
     """Run the recipe at `path` with the options in `argv` on top."""
     recipe = load(path)
     fields: dict[str, Any] = {name: (type(stage), stage) for name, stage in recipe.stages.items()}
-    taken = set(fields) & set(RunOptions.model_fields)
+    taken = [
+        name for name in fields if hasattr(RunOptions, name.replace("-", "_")) or name.replace("-", "_") in OPTIONS
+    ]
     if taken:
-        raise ConfigError(f"{path}: stages.{min(taken)} has the name of an option; give the stage another name")
+        raise ConfigError(f"{path}: stages.{taken[0]} has the name of an option; give the stage another name")
     model = create_model("RecipeOptions", __base__=RunOptions, __doc__=f"The stages of {path}.", **fields)
     first = next(iter(fields))
     options = parse(model, argv, prog=prog, default=model(), example=f"{prog} --{first}.seed-offset 1 --dry-run")
     changed = recipe.model_copy(update={"stages": {name: getattr(options, name) for name in fields}})
-    final = with_run_options(Recipe.model_validate(changed.model_dump()), options)
+    final = with_run_options(parse_recipe(changed.model_dump(), prog), options)
     return execute(final, options.out or Path("runs") / recipe.name, dry_run=options.dry_run)

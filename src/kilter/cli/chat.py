@@ -43,6 +43,7 @@ def run(command: str, argv: list[str]) -> int:
     from kilter.models.generation import Sampling, generate
     from kilter.models.load import load_model, load_tokenizer
     from kilter.records import Message
+    from kilter.report.answers import visible
 
     encoder = ChatEncoder(load_tokenizer(argv[0]))
     trunk = policy_trunk(load_model(argv[0]))
@@ -65,5 +66,5 @@ def run(command: str, argv: list[str]) -> int:
             trunk, "policy", [prompt], num_samples=1, sampling=sampling, stop_ids=encoder.stop_ids, generator=generator
         )
         text = encoder.decode(answer.ids)
-        print(text)
+        print(visible(text))
         messages = (*messages, Message("assistant", text))

@@ -118,6 +118,8 @@ def _new(path: Path | None) -> Path:
         raise ConfigError("--out must be given: the file to write")
     if path.exists():
         raise RunError(f"{path}: exists and is not overwritten; choose another name with --out")
+    if path.suffix != ".jsonl":
+        raise ConfigError(f"--out is {str(path)!r}; what is written is JSON, one record a line: name it .jsonl")
     return path
 
 

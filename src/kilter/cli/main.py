@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 
 from kilter import __version__
 from kilter.errors import ConfigError, KilterError
+
+INTERNAL_ERROR = 3
 
 # Group -> command -> (module below kilter.cli, what it does). The order is the order in which people need them.
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
@@ -59,7 +62,7 @@ def usage() -> str:
         "  kilter sft --model MODEL --data demos.jsonl --out runs/sft",
         "  kilter doctor MODEL pairs.jsonl",
         "",
-        "exit codes: 0 done, 1 a check failed, 2 wrong use. --debug shows the traceback of an error.",
+        "exit codes: 0 done, 1 a check failed, 2 wrong use, 3 a defect. --debug shows the traceback of an error.",
     ]
     return "\n".join(lines)
 
@@ -86,15 +89,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`kilter`: returns the exit code. Errors that a user can cause are one line on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to end
     words = [word for word in words if word != "--debug"]
     try:
         return dispatch(words)
     except KilterError as err:
         if debug:
             traceback.print_exc()
-        message = " ".join(str(err).split())
+        from kilter.report.answers import visible
+
+        message = visible(" ".join(str(err).split()))
         print(message if message.startswith("kilter") else f"kilter: {message}", file=sys.stderr)
         return err.exit_code
+    except Exception as err:
+        if debug:
+            raise
+        place = traceback.extract_tb(err.__traceback__)[-1]
+        text = f"{type(err).__name__}: {' '.join(str(err).split())} ({place.filename}:{place.lineno})"
+        print(
+            f"kilter: internal error: {text}; a defect of Kilter or of a function that the recipe names: "
+            "--debug shows the whole trace",
+            file=sys.stderr,
+        )
+        return INTERNAL_ERROR
     except KeyboardInterrupt:
         print("\nkilter: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

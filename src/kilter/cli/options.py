@@ -135,6 +135,8 @@ def stage_values(path: Path | None, kind: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: holds no mapping; write the stage's keys, or a recipe with `stages:`")
     if "stages" not in raw:
         return cast(dict[str, Any], raw)
+    if not isinstance(raw["stages"], dict) or not all(isinstance(value, dict) for value in raw["stages"].values()):
+        raise ConfigError(f"{path}: `stages:` must be a mapping of names to stages; see recipes/ for examples")
     stages = {name: value for name, value in raw["stages"].items() if value.get("stage", kind) == kind}
     if len(stages) != 1:
         found = ", ".join(stages) or "none"

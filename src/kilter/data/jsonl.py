@@ -12,6 +12,7 @@ import io
 import json
 import zlib
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -59,10 +60,14 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; check the path (it is taken from {Path.cwd()})"
 
 
-def _open(path: Path) -> IO[bytes]:
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if zipped else path.open("rb")  # type: ignore[return-value]  # it reads bytes
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("rb") as file:  # once: what a pipe has given it does not give again
+        if file.peek(2)[:2] == b"\x1f\x8b":
+            with gzip.GzipFile(fileobj=file) as unzipped:
+                yield unzipped  # type: ignore[misc]  # it reads bytes
+        else:
+            yield file
 
 
 def _decoded(raw: bytes, line: int) -> RawRow:
@@ -87,10 +92,8 @@ def _jsonl(file: IO[bytes]) -> Iterator[RawRow]:
             continue
         try:
             yield RawRow(row.line, json.loads(row.value))
-        except json.JSONDecodeError as err:
-            yield RawRow(row.line, row.value.rstrip("\r\n"), f"not JSON: {err.msg} at column {err.colno}")
-        except RecursionError:
-            yield RawRow(row.line, row.value.rstrip("\r\n"), "not readable: brackets are nested too deep")
+        except (ValueError, RecursionError) as err:
+            yield RawRow(row.line, row.value.rstrip("\r\n"), _problem(err))
 
 
 def _json(file: IO[bytes]) -> Iterator[RawRow]:
@@ -110,10 +113,8 @@ def _json(file: IO[bytes]) -> Iterator[RawRow]:
         line, counted = line + text.count("\n", counted, place), place
         try:
             value, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as err:
-            yield RawRow(
-                line, text[place : place + 200], f"not JSON: {err.msg} at line {err.lineno}; nothing after it was read"
-            )
+        except (ValueError, RecursionError) as err:
+            yield RawRow(line, text[place : place + 200], f"{_problem(err)}; nothing after it was read")
             return
         yield RawRow(line, value)
         place = _skip(text, place)
@@ -136,7 +137,7 @@ def _many(text: str) -> bool:
     first = text.lstrip().split("\n", 1)
     try:
         json.loads(first[0])
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return len(first) > 1 and bool(first[1].strip())
 
@@ -144,8 +145,15 @@ def _many(text: str) -> bool:
 def _one(text: str, decoder: json.JSONDecoder) -> Iterator[RawRow]:
     try:
         yield RawRow(1, decoder.decode(text))
-    except json.JSONDecodeError as err:
-        yield RawRow(err.lineno, text[:200], f"not JSON: {err.msg} at column {err.colno}")
+    except (ValueError, RecursionError) as err:
+        yield RawRow(getattr(err, "lineno", 1), text[:200], _problem(err))
+
+
+def _problem(err: Exception) -> str:
+    """What is wrong with a JSON text; json raises plain ValueError for a number that is too long."""
+    if isinstance(err, json.JSONDecodeError):
+        return f"not JSON: {err.msg} at line {err.lineno}, column {err.colno}"
+    return "not readable: brackets are nested too deep" if isinstance(err, RecursionError) else f"not readable: {err}"
 
 
 def _csv(file: IO[bytes], delimiter: str = ",") -> Iterator[RawRow]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
@@ -52,6 +54,11 @@ def _load(kind: Any, path: str | Path, *, dtype: str, attention: str | None, rev
     if dtype not in DTYPES:
         raise ModelError(f"{path}: dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     config = load_config(path, revision=revision)
+    heads = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
+    if heads and kind is transformers.AutoModelForCausalLM:
+        raise ModelError(
+            f"{path}: is a reward model ({heads[0]}) and cannot write; give the folder of a language model"
+        )
     origin = copy.deepcopy(config)
     dropout = remove_dropout(config)
     if attention is None and has_attention_softcap(config):
@@ -69,6 +76,10 @@ def _load(kind: Any, path: str | Path, *, dtype: str, attention: str | None, rev
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # named below, instead of in a table on the terminal
             )
+    except SafetensorError as err:
+        raise ModelError(
+            f"{path}: its weights cannot be read ({err}); the file is damaged or cut: get it again"
+        ) from err
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as err:
         raise ModelError(f"{path}: cannot load the model: {_first_line(err)}") from err
     lacking = sorted(loading["missing_keys"]) + sorted(str(row[0]) for row in loading["mismatched_keys"])
@@ -140,7 +151,7 @@ def load_config(path: str | Path, *, revision: str | None = None) -> Any:
         raise ModelError(f"{path}: no config.json in it; give the folder of a Hugging Face model")
     try:
         return transformers.AutoConfig.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as err:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as err:
         raise ModelError(f"{path}: cannot read the model's configuration: {_first_line(err)}") from err
 
 

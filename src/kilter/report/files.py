@@ -67,9 +67,13 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Reads what there is. Raises RunError only when `folder` is no directory."""
+    """Reads what there is. Raises RunError only when `folder` is no directory, or none of a run."""
     if not folder.is_dir():
         raise RunError(f"{folder}: no such directory; a report is made from a run's directory (give one under runs/)")
+    if not any((folder / name).exists() for name in ("recipe.yaml", "summary.json", "stages", "evaluation")):
+        raise RunError(
+            f"{folder}: no run is in it (no recipe.yaml, summary.json, stages/); give a directory under runs/"
+        )
     problems: list[str] = []
     evaluation = folder / "evaluation"
     evaluated = {

@@ -19,6 +19,7 @@ from kilter.stages.collect import run_best_of_n, run_collect
 from kilter.stages.context import Context
 from kilter.stages.curve import write_curve
 from kilter.stages.evaluate import Evaluation
+from kilter.stages.inputs import fingerprints
 from kilter.stages.progress import Watch
 from kilter.stages.reinforce import run_rl
 from kilter.stages.summary import evaluate, write_summary
@@ -77,7 +78,12 @@ def run_recipe(recipe: Recipe, out: Path, *, watch: Watch | None = None) -> RunD
         KilterError: bad input, before anything is trained; a failed check.
     """
     prepare(recipe)
-    environment = {"seed": recipe.seed, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    environment = {
+        "seed": recipe.seed,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "inputs": fingerprints(recipe),
+    }
     run = RunDir.open(out, recipe, environment=environment)
     try:
         with watch or Watch() as shown:

@@ -1,0 +1,39 @@
+"""What a run reads from outside, as hashes: a run that goes on must go on from the same data and models."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from kilter.config import Recipe, stage_inputs
+from kilter.scorers.load import load_function
+from kilter.stages.context import FUNCTION
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of every file and model folder that the stages name; a hub name, a pipe and a function have none.
+
+    Of a folder: of its weights, configuration and tokenizer, with their names.
+    """
+    found = {}
+    for stage in recipe.stages.values():
+        for _, value in stage_inputs(stage):
+            if value in recipe.stages or value in found:
+                continue
+            named = load_function(value) if FUNCTION.fullmatch(value) else value
+            path = Path(named) if isinstance(named, str | Path) else None
+            if path is not None and path.is_file():
+                found[value] = _digest([path])
+            elif path is not None and path.is_dir():
+                found[value] = _digest(sorted({file for pattern in MODEL_FILES for file in path.glob(pattern)}))
+    return found
+
+
+def _digest(files: list[Path]) -> str:
+    whole = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
