@@ -128,6 +128,15 @@ def test_an_override_that_breaks_the_recipe_is_one_line(tmp_path: Path, capsys: 
         assert "must be a mapping" in fails(["sft", "--config", str(recipe), "--out", str(tmp_path / "o")], capsys)
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    words = [sys.executable, "-u", "-m", "kilter.cli", "data", "formats"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
+
+
 def test_a_defect_is_one_line_with_its_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = visible(" ".join(str(err).split()))
         print(message if message.startswith("kilter") else f"kilter: {message}", file=sys.stderr)
         return err.exit_code
+    except KeyboardInterrupt:
+        print("\nkilter: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`kilter data show | head`); Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as err:
         if debug:
             raise
@@ -114,10 +121,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return INTERNAL_ERROR
-    except KeyboardInterrupt:
-        print("\nkilter: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Whoever read our output has gone (`kilter data show | head`); Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
