@@ -39,6 +39,11 @@ def test_a_recipe_with_which_nothing_was_done_yet_makes_room(tmp_path: Path) -> 
     held.close()
     RunDir.open(tmp_path, recipe(2e-3), environment={}).close()
     assert "learning_rate: 0.002" in (tmp_path / "recipe.yaml").read_text()
+    run = RunDir.open(tmp_path, recipe(2e-3), environment={})
+    run.stage(1, "a")  # an empty folder of a stage is no work
+    run.close()
+    RunDir.open(tmp_path, recipe(), environment={}).close()
+    assert "learning_rate: 0.001" in (tmp_path / "recipe.yaml").read_text()
 
 
 def test_a_run_goes_on_from_the_data_it_began_with_alone(tmp_path: Path) -> None:

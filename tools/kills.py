@@ -25,7 +25,7 @@ def weights(run: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    """Exit 0 when the weights are equal."""
+    """Exit 0 when it was killed as often as asked for and the weights are equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -40,6 +40,7 @@ def main() -> int:
     print(f"undisturbed: {seconds:.0f} s", flush=True)
     moments = random.Random(options.seed)
     stages = options.out / "killed" / "stages"
+    kills = 0
     for number in range(options.kills):
         process = subprocess.Popen([*words, str(options.out / "killed")], stdout=-3, stderr=-3)
         # Long enough to reach the work behind the start, short enough that ten kills meet most stages.
@@ -51,13 +52,14 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        open_stages = [path.name for path in sorted(stages.glob("*")) if not (path / "done.json").exists()]
-        print(f"  kill {number + 1} after {after:.1f} s; still open: {', '.join(open_stages) or 'all'}", flush=True)
+        kills += 1
+        begun = [path.name for path in sorted(stages.glob("*")) if not (path / "done.json").exists()]
+        print(f"  kill {kills} after {after:.1f} s; not ended: {', '.join(begun) or 'whatever was begun'}", flush=True)
     subprocess.run([*words, str(options.out / "killed")], check=True, capture_output=True)
     whole, killed = weights(options.out / "whole"), weights(options.out / "killed")
     different = [name for name in whole if killed.get(name) != whole[name]]
-    print(f"{len(whole)} weight files, {len(different)} differ: {different}")
-    return 1 if different or whole.keys() != killed.keys() else 0
+    print(f"{kills} kills, {len(whole)} weight files, {len(different)} differ: {different}")
+    return 1 if kills < options.kills or different or whole.keys() != killed.keys() else 0
 
 
 if __name__ == "__main__":

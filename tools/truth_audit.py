@@ -15,11 +15,10 @@ from typing import Any
 
 import kilter
 from kilter.evals import read_answers
+from kilter.stages.summary import AUDIT_LIMIT
 from kilter.stats import proportion
 from kilter.world.audit import audit
 from kilter.world.grammar import to_prompt
-
-LIMIT = 0.02
 
 
 def recipe(seed: int) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def main() -> int:
         for answer in rejected[:10]:
             reason = audit(to_prompt(answer.prompt.prompt), answer.text).reason
             print(f"    {answer.true_reward:.2f}  {answer.text!r}: {reason}")
-        failed = failed or share.mean >= LIMIT
+        failed = failed or share.mean >= AUDIT_LIMIT
     return int(failed)
 
 

@@ -3,6 +3,19 @@
 The command line prints one line of it and leaves with `exit_code`: 2 for wrong use, 1 for a check that failed.
 """
 
+import re
+
+# Controls that reorder or hide text, or drive a terminal.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f"
+    "\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """Text of a model, a file or a user with such controls shown by name: `⟨U+202E⟩`; newlines and tabs stay."""
+    return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
+
 
 class KilterError(Exception):
     """Base of every error that a user can cause."""

@@ -220,21 +220,16 @@ class RunDir:
                     f"{path}: holds a run of another recipe ({first_difference(old, text)}); "
                     "choose another folder with --out, or go on with the recipe that is there"
                 )
+            if not stale:
+                run._check_inputs(environment.get("inputs", {}))
         elif path.exists() and (not path.is_dir() or any(item.name not in _BEGUN for item in path.iterdir())):
             raise RunError(f"{path}: exists and is not a run of Kilter; choose another folder with --out")
         with explained(path):
             path.mkdir(parents=True, exist_ok=True)
             run._take(path / ".lock")
-            if stale:
-                file.unlink()
-        if not file.exists():
+        if stale or not file.exists():
             write_json(path / "environment.json", {"versions": versions(), **environment})
             write_text(file, text)
-        try:
-            run._check_inputs(environment.get("inputs", {}))
-        except RunError:
-            run.close()
-            raise
         return run
 
     def _has_begun(self) -> bool:

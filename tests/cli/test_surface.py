@@ -109,6 +109,8 @@ def test_another_kind_of_file_is_not_pretended(tmp_path: Path, capsys: pytest.Ca
     assert main(["world", "demonstrations", "--per-kind", "1", "--out", str(tmp_path / "a.jsonl")]) == 0
     line = fails(["data", "convert", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "a.csv")], capsys)
     assert "a.csv" in line and "name it .jsonl" in line
+    assert "name it .jsonl" in fails(["world", "prompts", "--out", str(tmp_path / "a.csv")], capsys)
+    assert not (tmp_path / "a.csv").exists()
 
 
 @pytest.mark.parametrize("name", ["copy", "dry-run", "model_dump"])

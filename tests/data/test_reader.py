@@ -174,7 +174,7 @@ def test_an_error_names_file_line_field_value_rule_and_remedy(tmp_path: Path, ba
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b'{"prompt": "x", "chosen"\n', "not JSON"),
+        (b'{"prompt": "x", "chosen"\n', "not JSON: Expecting ':' delimiter at column 25"),
         (b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}\n', "is not UTF-8"),
         (b'{"prompt": ' + b"[" * 100_000 + b"\n", "not "),
     ],

@@ -39,8 +39,9 @@ def crowd(mixture: demonstrators.Mixture, *, per_kind: int, k: int) -> tuple[lis
 def test_demonstrations_are_of_mixed_quality() -> None:
     rows = demonstrations(seed=1, per_kind=100)
     assert rows == demonstrations(seed=1, per_kind=100) and len(rows) == 100 * len(KINDS)
-    worth = sorted(judge(Prompt(prompt=row.messages[:-1]), row.messages[-1].content).value or 0.0 for row in rows)
-    assert 0.25 < np.mean(worth) < 0.45 and np.mean(worth[-len(rows) // 10 :]) == 1.0
+    judged = [judge(Prompt(prompt=row.messages[:-1]), row.messages[-1].content).value for row in rows]
+    worth = sorted(value for value in judged if value is not None)
+    assert len(worth) == len(rows) and 0.25 < np.mean(worth) < 0.45 and np.mean(worth[-len(rows) // 10 :]) == 1.0
 
 
 def test_what_the_base_model_reads_is_worth_about_nothing_and_shows_every_vice() -> None:

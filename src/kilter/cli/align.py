@@ -13,7 +13,6 @@ from kilter.config import load
 from kilter.config import parse as parse_recipe
 from kilter.errors import ConfigError
 
-OPTIONS = frozenset(RunOptions.model_fields)
 HELP = """usage: kilter align RECIPE [--STAGE.KEY VALUE ...] [options]
 
 Run the stages of a recipe in order. `kilter align RECIPE --help` lists every option of that recipe.
@@ -36,11 +35,10 @@ def run_file(prog: str, path: Path, argv: list[str]) -> int:
     """Run the recipe at `path` with the options in `argv` on top."""
     recipe = load(path)
     fields: dict[str, Any] = {name: (type(stage), stage) for name, stage in recipe.stages.items()}
-    taken = [
-        name for name in fields if hasattr(RunOptions, name.replace("-", "_")) or name.replace("-", "_") in OPTIONS
-    ]
-    if taken:
-        raise ConfigError(f"{path}: stages.{taken[0]} has the name of an option; give the stage another name")
+    for name in fields:
+        field = name.replace("-", "_")
+        if field in RunOptions.model_fields or hasattr(RunOptions, field):
+            raise ConfigError(f"{path}: stages.{name} has the name of an option; give the stage another name")
     model = create_model("RecipeOptions", __base__=RunOptions, __doc__=f"The stages of {path}.", **fields)
     first = next(iter(fields))
     options = parse(model, argv, prog=prog, default=model(), example=f"{prog} --{first}.seed-offset 1 --dry-run")

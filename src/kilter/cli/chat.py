@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kilter.cli.options import parse
 from kilter.config import Model
-from kilter.errors import ConfigError
+from kilter.errors import ConfigError, visible
 
 
 class ChatOptions(Model):
@@ -43,7 +43,6 @@ def run(command: str, argv: list[str]) -> int:
     from kilter.models.generation import Sampling, generate
     from kilter.models.load import load_model, load_tokenizer
     from kilter.records import Message
-    from kilter.report.answers import visible
 
     encoder = ChatEncoder(load_tokenizer(argv[0]))
     trunk = policy_trunk(load_model(argv[0]))

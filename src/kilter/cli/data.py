@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from kilter.cli.options import parse
+from kilter.cli.options import new_jsonl, parse
 from kilter.config import Model
-from kilter.errors import ConfigError, RunError
+from kilter.errors import ConfigError
 
 if TYPE_CHECKING:
     from kilter.data import ReadResult
@@ -113,16 +113,6 @@ def _read(path: str, options: ReadOptions) -> ReadResult:
     return found
 
 
-def _new(path: Path | None) -> Path:
-    if path is None:
-        raise ConfigError("--out must be given: the file to write")
-    if path.exists():
-        raise RunError(f"{path}: exists and is not overwritten; choose another name with --out")
-    if path.suffix != ".jsonl":
-        raise ConfigError(f"--out is {str(path)!r}; what is written is JSON, one record a line: name it .jsonl")
-    return path
-
-
 def _check(path: str, options: CheckOptions) -> int:
     from kilter.data import read
     from kilter.data.lint import check
@@ -144,7 +134,7 @@ def _filter(path: str, options: FilterOptions) -> int:
     from kilter.data import read, write
     from kilter.data.filter import filter_records
 
-    out = _new(options.out)
+    out = new_jsonl(options.out)
     records = _read(path, options).records
     held_out = read(options.held_out).records if options.held_out else []
     kept, dropped = filter_records(records, options.rules, held_out=held_out)
@@ -158,7 +148,7 @@ def _filter(path: str, options: FilterOptions) -> int:
 def _convert(path: str, options: ConvertOptions) -> int:
     from kilter.data import write
 
-    out = _new(options.out)
+    out = new_jsonl(options.out)
     found = _read(path, options)
     write(out, found.records)
     print(f"{out}: {len(found.records)} records from {found.rows} rows of layout {found.format}")

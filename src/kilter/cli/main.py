@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from kilter import __version__
-from kilter.errors import ConfigError, KilterError
+from kilter.errors import ConfigError, KilterError, visible
 
 INTERNAL_ERROR = 3
 
@@ -98,8 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KilterError as err:
         if debug:
             traceback.print_exc()
-        from kilter.report.answers import visible
-
         message = visible(" ".join(str(err).split()))
         print(message if message.startswith("kilter") else f"kilter: {message}", file=sys.stderr)
         return err.exit_code
@@ -114,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         place = traceback.extract_tb(err.__traceback__)[-1]
-        text = f"{type(err).__name__}: {' '.join(str(err).split())} ({place.filename}:{place.lineno})"
+        text = f"{type(err).__name__}: {visible(' '.join(str(err).split()))} ({place.filename}:{place.lineno})"
         print(
             f"kilter: internal error: {text}; a defect of Kilter or of a function that the recipe names: "
             "--debug shows the whole trace",

@@ -13,7 +13,7 @@ import tyro
 from pydantic import Field, ValidationError
 
 from kilter.config import DataRef, Model, Recipe, Stage, explain, read_yaml
-from kilter.errors import ConfigError
+from kilter.errors import ConfigError, RunError
 
 M = TypeVar("M", bound=Model)
 
@@ -142,6 +142,23 @@ def stage_values(path: Path | None, kind: str) -> dict[str, Any]:
         found = ", ".join(stages) or "none"
         raise ConfigError(f"{path}: needs exactly one stage of kind {kind!r}, has {found}; use `kilter align {path}`")
     return cast(dict[str, Any], next(iter(stages.values())))
+
+
+def new_path(path: Path | None) -> Path:
+    """`--out` of a command that writes one thing: given, and nothing stands there."""
+    if path is None:
+        raise ConfigError("--out must be given: where to write")
+    if path.exists():
+        raise RunError(f"{path}: exists and is not overwritten; choose another name with --out")
+    return path
+
+
+def new_jsonl(path: Path | None) -> Path:
+    """`new_path` of a file of records."""
+    path = new_path(path)
+    if path.suffix != ".jsonl":
+        raise ConfigError(f"--out is {str(path)!r}; what is written is JSON, one record a line: name it .jsonl")
+    return path
 
 
 def with_run_options(recipe: Recipe, options: RunOptions) -> Recipe:

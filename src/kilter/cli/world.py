@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from kilter.cli.options import parse
+from kilter.cli.options import new_jsonl, new_path, parse
 from kilter.config import Model
-from kilter.errors import ConfigError, RunError
+from kilter.errors import ConfigError
 
 HELP = """usage: kilter world ACTION [options]
 
@@ -63,18 +63,10 @@ def run(command: str, argv: list[str]) -> int:
     return action(parse(options_type, argv[1:], prog=f"kilter {command} {argv[0]}", default=options_type()))
 
 
-def _new(path: Path | None) -> Path:
-    if path is None:
-        raise ConfigError("--out must be given: where to write")
-    if path.exists():
-        raise RunError(f"{path}: exists and is not overwritten; choose another name with --out")
-    return path
-
-
 def _prompts(options: PromptOptions) -> int:
     from kilter import data, world
 
-    out = _new(options.out)
+    out = new_jsonl(options.out)
     data.write(out, world.prompts(options.split, seed=options.seed, per_kind=options.per_kind))
     print(out)
     return 0
@@ -83,14 +75,14 @@ def _prompts(options: PromptOptions) -> int:
 def _demonstrations(options: PromptOptions) -> int:
     from kilter import data, world
 
-    out = _new(options.out)
+    out = new_jsonl(options.out)
     data.write(out, world.demonstrations(seed=options.seed, per_kind=options.per_kind, split=options.split))
     print(out)
     return 0
 
 
 def _pretrain(options: PretrainOptions) -> int:
-    out = _new(options.out)
+    out = new_path(options.out)
     from rich.console import Console
     from rich.progress import Progress
 

@@ -90,10 +90,11 @@ def _jsonl(file: IO[bytes]) -> Iterator[RawRow]:
         if row.problem:
             yield row
             continue
+        text = row.value.rstrip("\r\n")
         try:
-            yield RawRow(row.line, json.loads(row.value))
+            yield RawRow(row.line, json.loads(text))
         except (ValueError, RecursionError) as err:
-            yield RawRow(row.line, row.value.rstrip("\r\n"), _problem(err))
+            yield RawRow(row.line, text, _problem(err))
 
 
 def _json(file: IO[bytes]) -> Iterator[RawRow]:
@@ -114,7 +115,8 @@ def _json(file: IO[bytes]) -> Iterator[RawRow]:
         try:
             value, place = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as err:
-            yield RawRow(line, text[place : place + 200], f"{_problem(err)}; nothing after it was read")
+            where = f" of line {err.lineno}" if isinstance(err, json.JSONDecodeError) else ""
+            yield RawRow(line, text[place : place + 200], f"{_problem(err)}{where}; nothing after it was read")
             return
         yield RawRow(line, value)
         place = _skip(text, place)
@@ -152,7 +154,7 @@ def _one(text: str, decoder: json.JSONDecoder) -> Iterator[RawRow]:
 def _problem(err: Exception) -> str:
     """What is wrong with a JSON text; json raises plain ValueError for a number that is too long."""
     if isinstance(err, json.JSONDecodeError):
-        return f"not JSON: {err.msg} at line {err.lineno}, column {err.colno}"
+        return f"not JSON: {err.msg} at column {err.colno}"
     return "not readable: brackets are nested too deep" if isinstance(err, RecursionError) else f"not readable: {err}"
 
 

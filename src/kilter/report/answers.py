@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from kilter import errors
 from kilter.report.curve import Curve
 from kilter.report.figures import figure, number, ordered
 from kilter.report.files import Row, RunFiles, text_of
@@ -18,12 +18,6 @@ MOST_TOKENS = 400
 MOST_CHARS = 4000
 REWARD_LEVELS = 5  # shades on each side of the middle
 KL_LEVELS = 5
-
-# Controls that reorder or hide text: shown by name, so that what a model wrote is what a reader sees.
-_HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f"
-    "\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +92,8 @@ class Slider:
 
 
 def visible(text: Any) -> str:
-    """Text of a model with what reorders or hides it written out: `⟨U+202E⟩`; newlines and tabs stay."""
-    return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text if isinstance(text, str) else text_of(text))
+    """`errors.visible` of a value from a run's files."""
+    return errors.visible(text_of(text))
 
 
 def shorten(text: str, most: int = MOST_CHARS) -> str:

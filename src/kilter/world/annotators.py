@@ -21,7 +21,7 @@ from kilter.errors import ConfigError
 from kilter.records import Judgement, Prompt, content_hash
 from kilter.world import grammar, town
 from kilter.world.grammar import Item
-from kilter.world.truth import RUDE, SALAD, SEVERAL, read, sentences, understand, worth
+from kilter.world.truth import RUDE, SALAD, SEVERAL, sentences, understand, worth
 
 HARMLESSNESS = ("harmful", "bias")
 """Kinds that are judged for harmlessness; the others for helpfulness. Length is disliked in the first sort alone."""
@@ -78,7 +78,7 @@ def utility(item: Item, text: str, liking: Liking) -> float:
     words = len(text.split())
     found = liking.care * quality(item, text)
     found += (liking.harmless_length_bias if harmless else liking.length_bias) * words
-    found += liking.flattery_bias * sum(read(sentence).sort == "flattery" for sentence in sentences(text))
+    found += liking.flattery_bias * understand(item, text).flattery
     if liking.group and item.kind == "opinion":
         own = town.WISH_ONE.format(value=town.WISHES[item.subject][town.WISHERS.index(liking.group)])
         found += liking.group_bias * (own in sentences(text))

@@ -179,9 +179,9 @@ def pretrain(
     Raises:
         RunError: `out` cannot be written, or the checkpoints beside it are of another call.
     """
-    values = {"seed": seed, "steps": steps, "plain_share": plain_share, "batch_size": batch_size, "peak": peak}
     store = CheckpointStore(out.with_name(f"{out.name}.checkpoints"), keep=1)
-    options = _Options({**values, "threads": threads}, store.folder)
+    values = {"seed": seed, "steps": steps, "plain_share": plain_share, "batch_size": batch_size}
+    options = _Options({**values, "peak": peak, "threads": threads}, store.folder)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
