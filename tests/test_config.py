@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kilter.config import Recipe, dump, load, parse
+from kilter.config import LossConfig, PreferStage, Recipe, dump, load, parse, stage_inputs
 from kilter.errors import ConfigError
 
 EVAL = {"stage": "eval", "models": {"a": "m"}, "reference": "m", "prompts": "p.jsonl"}
@@ -65,6 +65,24 @@ def test_a_recipe_survives_yaml() -> None:
     recipe = parse({"seed": 3, "stages": {"a": SFT, "b": SFT | {"model": "a"}}}, "r.yaml")
     assert Recipe.model_validate(yaml.safe_load(dump(recipe))) == recipe
     assert recipe.stages["a"].data.path == "demos.jsonl"  # type: ignore[union-attr]
+
+
+PREFER = {"stage": "prefer", "model": "base", "data": "pairs.jsonl"}
+
+
+def test_options_of_a_loss_stand_beside_its_name() -> None:
+    raw = PREFER | {"loss": {"name": "simpo", "beta": "1e-1", "gamma": 2, "alpha": None}, "mix": [{"name": "nll"}]}
+    stage = parse({"stages": {"a": raw}}, "r.yaml").stages["a"]
+    assert isinstance(stage, PreferStage)
+    assert stage.loss == LossConfig(name="simpo", options={"beta": 0.1, "gamma": 2.0})
+    assert stage.mix == (LossConfig(name="nll"),)
+    assert LossConfig.model_validate(stage.loss.model_dump()) == stage.loss
+    assert stage_inputs(stage) == [("model", "base"), ("data", "pairs.jsonl")]
+    named = stage.model_copy(update={"reference": "sft"})
+    assert stage_inputs(named)[-1] == ("reference", "sft")
+    assert "reference" not in dict(stage_inputs(stage.model_copy(update={"reference": "none"})))
+    for loss in ({"name": "dpo", "beta": [1]}, {"weight": 0}, {"options": 3}, {"weight": -1}, "dpo"):
+        assert "stages.a.loss" in refused({"stages": {"a": PREFER | {"loss": loss}}})
 
 
 def test_values_outside_the_usual_range_are_named() -> None:

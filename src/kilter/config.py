@@ -6,6 +6,7 @@ A recipe is a mapping of named stages. A stage names its inputs: an earlier stag
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,20 +148,42 @@ class SamplingConfig(Model):
 
 
 class LossConfig(Model):
-    """A pair loss by name, and its options; one left out keeps the loss's own default."""
+    """A preference loss by name, with its options beside: `{name: simpo, beta: 2, gamma: 1}`.
 
-    usual: ClassVar[Mapping[str, tuple[float, float]]] = {"beta": (0.01, 1.0), "label_smoothing": (0, 0.4)}
+    Names, options and their ranges are those of the losses themselves (`kilter losses`); a stage checks them before
+    any work starts.
+    """
 
     name: str = "dpo"
-    """Name of a registered pair loss."""
-    beta: Annotated[float, Field(gt=0)] | None = None
-    """Pull towards the reference, per nat. 0.05 to 0.5 is usual."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
-    """Assumed share of flipped labels."""
+    """Name of a preference loss; `kilter losses` lists them."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its weight in a mixture."""
+    options: dict[str, float | str] = Field(default_factory=dict)
+    """Options of the loss, on the command line `--loss.OPTION VALUE`; `kilter losses NAME` lists them."""
 
-    def options(self) -> dict[str, float]:
-        """What was set, for `losses.bind`."""
-        return {key: value for key, value in self.model_dump(exclude={"name"}).items() if value is not None}
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_options_beside(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping):
+            return raw
+        own = {key: value for key, value in raw.items() if key in cls.model_fields}
+        beside = {key: value for key, value in raw.items() if key not in cls.model_fields and value is not None}
+        options = own.get("options") or {}
+        if not isinstance(options, Mapping):
+            return raw
+        return own | {"options": {key: _number(value) for key, value in {**options, **beside}.items()}}
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-3 as text."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+NO_REFERENCE = "none"
+"""What a `prefer` stage names as its reference when it wants none."""
 
 
 class Stage(Model):
@@ -244,10 +267,15 @@ class PreferStage(Stage):
 
     stage: Literal["prefer"] = "prefer"
     model: str
-    """Policy to start from; it is also the reference."""
+    """Policy to start from."""
     data: Required
-    """Preference pairs, rankings, or an earlier `collect` stage."""
+    """Preference pairs, rankings, or an earlier `collect` stage; for a loss over thumbs, feedback."""
     loss: LossConfig = LossConfig()
+    mix: tuple[LossConfig, ...] = ()
+    """More losses over the same data, added with their weights: `[{name: nll, weight: 0.2}]`."""
+    reference: str = ""
+    """Frozen model to measure from: a folder, a hub name or an earlier stage; empty: the policy as it starts;
+    `none`: its log-probs count as 0."""
     snapshots: Annotated[int, Field(ge=0)] = 0
     """Keep so many policies along the way, evenly spaced, for the picture of reward against KL."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -460,7 +488,7 @@ def stage_inputs(stage: Stage) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for name in type(stage).model_fields:
         value = getattr(stage, name)
-        if name in ("model", "reward", "reference") and isinstance(value, str):
+        if name in ("model", "reward", "reference") and isinstance(value, str) and value not in ("", NO_REFERENCE):
             found.append((name, value))
         elif isinstance(value, DataRef) and value.path:
             found.append((name, value.path))

@@ -66,7 +66,7 @@ class Batch:
     """What the loop moves: a tree and what a method adds to it."""
 
     tree: TokenTree
-    units: dict[str, int]
+    units: dict[str, float]
     """How many of each thing it holds: tokens (N), responses (R), prompts (G), pairs, ...: what sums are divided by."""
     ref_logprobs: Tensor | None = None
     """float[N], the reference's log-probs of the targets, filled by the source when a loss asks for it."""
@@ -211,7 +211,12 @@ def make_batch(rows: Sequence[Sequence[Group]], pad_id: int = 0) -> Batch:
     for name in _common_names([response.per_response for response in responses]):
         extras[name] = torch.tensor([response.per_response[name] for response in responses], dtype=torch.float32)
     pairs = sum(len(group.responses) * (len(group.responses) - 1) // 2 for group in groups)
-    units = {"tokens": len(tree.source), "responses": len(responses), "prompts": len(groups), "pairs": pairs}
+    units: dict[str, float] = {
+        "tokens": len(tree.source),
+        "responses": len(responses),
+        "prompts": len(groups),
+        "pairs": pairs,
+    }
     return Batch(tree, units, extras.pop("ref_logprobs", None), extras)
 
 
@@ -231,7 +236,7 @@ def empty_batch(like: Batch | None = None) -> Batch:
         return batch
     return replace(
         batch,
-        units=dict.fromkeys(like.units, 0),
+        units=dict.fromkeys(like.units, 0.0),
         ref_logprobs=None if like.ref_logprobs is None else like.ref_logprobs[:0],
         extras={name: value[:0] for name, value in like.extras.items()},
     )

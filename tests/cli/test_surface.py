@@ -12,6 +12,7 @@ from kilter import data, world
 from kilter.cli import main
 from kilter.cli.main import COMMANDS
 
+PAIRS = ["--model", "m", "--data", "d"]
 NAMES = [name for commands in COMMANDS.values() for name in commands]
 
 
@@ -52,6 +53,14 @@ def test_help_loads_no_torch(words: list[str]) -> None:
         (["sft", "--model", "m", "--data", "d", "--epochs", "many"], ["--epochs", "many"]),
         (["sft", "--model", "m"], ["--data", "must be given"]),
         (["sfft"], ["'sfft'", "'sft'"]),
+        (["losses", "simp"], ["'simp'", "'simpo'"]),
+        (["prefer", *PAIRS, "--loss.gamma"], ["--loss.gamma", "needs a value"]),
+        (["prefer", *PAIRS, "--loss.gamma", "--epochs", "2"], ["--loss.gamma", "needs a value"]),
+        (
+            ["prefer", *PAIRS, "--loss.gamma", "1"],
+            ["loss.gamma", "'dpo'", "label_smoothing"],
+        ),
+        (["prefer", *PAIRS, "--loss.name", "simpoo"], ["loss.name", "'simpoo'", "'simpo'"]),
         (["align", "none.yaml"], ["none.yaml", "no such file"]),
         (["align"], []),
         (["data", "chek", "x"], ["'chek'", "check"]),
@@ -161,3 +170,32 @@ def test_convert_filter_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert 0 < len(data.read(second).records) < 22
     assert main(["data", "show", str(first), "--model", str(world.MODEL_PATH), "--count", "1"]) == 0
     assert "[<|end|>]" in capsys.readouterr().out
+
+
+def test_options_of_losses_are_taken_where_a_loss_stands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Of a stage of its own, and of one in a recipe, on top of what the file says."""
+    model = "kilter.world:MODEL_PATH"
+    words = ["prefer", "--model", model, "--data", "d", "--loss.name", "simpo", "--loss.beta=2.5"]
+    assert main([*words, "--loss.gamma", "1e-1", "--loss.weight", "2", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "name: simpo\n      weight: 2.0\n      options:\n        beta: 2.5\n        gamma: 0.1\n" in shown.out
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"stages: {{first: {{stage: prefer, model: {model}, data: d, "
+        "loss: {name: dpo, beta: 0.2, label_smoothing: 0.1}}}"
+    )
+    assert main(["align", str(recipe), "--first.loss.beta", "0.7", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "options:\n        beta: 0.7\n        label_smoothing: 0.1\n" in shown.out
+    assert "note: stages.first: loss.beta is 0.7; usual for 'dpo' is 0.03 to 0.5" in shown.err
+
+
+def test_the_losses_are_listed_and_described(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["losses"]) == 0
+    listed = capsys.readouterr().out
+    assert "over thumbs:\n  kto" in listed and "orpo" in listed
+    assert main(["losses", "dpo", "kto"]) == 0
+    shown = capsys.readouterr().out
+    assert "arXiv 2305.18290, eq. 7" in shown and "arXiv 2402.01306" in shown
+    assert main(["losses", "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("# Preference losses")

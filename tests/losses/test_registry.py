@@ -9,7 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from kilter.losses import PAIR_LOSSES, Range, bind, pair_loss, unpaired_loss, unusual
+from kilter.losses import (
+    PAIR_INPUTS,
+    PAIR_LOSSES,
+    RANKED_INPUTS,
+    RANKED_LOSSES,
+    UNPAIRED_INPUTS,
+    UNPAIRED_LOSSES,
+    PreferenceLoss,
+    Range,
+    bind,
+    pair_loss,
+    preference_losses,
+    ranked_loss,
+    unpaired_loss,
+    unusual,
+)
 
 Weight = Annotated[float, Range(at_least=0.0, usual=(0.0, 1.0))]
 
@@ -85,10 +100,33 @@ def test_a_loss_over_single_responses_is_one_function_too(
         unpaired_loss("odd")(lambda chosen: chosen)
 
 
+@pytest.mark.parametrize(
+    ("table", "order"),
+    [(PAIR_LOSSES, PAIR_INPUTS), (UNPAIRED_LOSSES, UNPAIRED_INPUTS), (RANKED_LOSSES, RANKED_INPUTS)],
+    ids=["pair", "unpaired", "ranked"],
+)
+def test_inputs_stand_in_one_order(table: dict[str, PreferenceLoss], order: dict[str, str]) -> None:
+    """Who calls a loss by hand can rely on it; `bind` hands inputs over in the order of the signature."""
+    for name, loss in table.items():
+        assert loss.inputs == tuple(key for key in order if key in loss.inputs), name
+
+
+def test_units_and_lengths() -> None:
+    assert {loss.unit for name, loss in PAIR_LOSSES.items() if name != "nll"} == {"pairs"}
+    assert PAIR_LOSSES["nll"].unit == "chosen_tokens"
+    assert {loss.unit for loss in (UNPAIRED_LOSSES | RANKED_LOSSES).values()} == {"prompts"}
+    by_length = {name for name, loss in preference_losses().items() if loss.length_normalized}
+    assert by_length == {"ipo", "dpo_norm", "orpo", "simpo", "alphapo"}
+    free = {name for name, loss in PAIR_LOSSES.items() if not loss.needs_reference}
+    assert free == {"nll", "orpo", "simpo", "alphapo", "cpo"}
+
+
 def test_what_is_wrong_is_named() -> None:
     for name, options, message in (
-        ("dop", {}, r"loss.name is 'dop'; choose one of .*dpo"),
-        ("dpo", {"betta": 0.1}, r"loss.betta: 'dpo' has no such option; it takes beta, label_smoothing"),
+        ("dop", {}, r"loss.name is 'dop'; did you mean 'dpo'\? choose one of alphapo, .*wpo"),
+        ("dpo", {"betta": 0.1}, r"loss.betta: 'dpo' has no such option; did you mean 'beta'\? it takes beta, label"),
+        ("dpo", {"x": 0.1}, r"loss.x: 'dpo' has no such option; it takes beta, label_smoothing"),
+        ("xyzzy", {}, r"loss.name is 'xyzzy'; choose one of alphapo, "),
         ("dpo", {"beta": 0.0}, r"loss.beta is 0.0; 'dpo' takes a number > 0"),
         ("dpo", {"beta": "high"}, r"loss.beta is 'high'; 'dpo' takes a number > 0"),
         ("dpo", {"beta": True}, r"loss.beta is True"),
@@ -124,3 +162,19 @@ def test_the_dry_call_shows_a_broken_loss_before_a_model_loads(registry: dict[st
 
     with pytest.raises(RuntimeError, match="shape"):
         bind("broken", {})
+
+
+def test_a_loss_over_rankings_is_one_function_too(registry: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kilter.losses.registry.RANKED_LOSSES", table := {})
+
+    @ranked_loss("listwise", length_normalized=True)
+    def listwise(logps: Tensor, group: Tensor, rank: Tensor, *, beta: Weight = 0.5) -> Tensor:
+        return beta * logps * rank + group
+
+    loss = table["listwise"]
+    assert (loss.unit, loss.length_normalized, loss.needs_reference) == ("prompts", True, False)
+    assert bind("listwise", {"beta": 2.0})(torch.tensor([-1.0]), torch.tensor([3]), torch.tensor([2.0])).item() == -1
+    with pytest.raises(ValueError, match="'listwise' is registered twice"):
+        pair_loss("listwise")(lambda chosen: chosen)
+    with pytest.raises(ValueError, match="asks for chosen; there is logps, ref_logps, group"):
+        ranked_loss("odd")(lambda chosen: chosen)

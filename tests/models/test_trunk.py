@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,24 @@ def test_head_in_chunks_is_the_head() -> None:
         for got, want in zip(one, found[0], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert float(found[0][0].max()) < 0
+
+
+def test_token_stats_are_of_the_models_own_distribution() -> None:
+    model = trained_model("gemma2")  # caps its logits
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(VOCAB, (10,), generator=generator)
+    hidden = torch.randn(10, 32, generator=generator).requires_grad_()
+    probabilities = torch.softmax(heads.logits_of(model, hidden.detach()).double(), -1)
+    entropy = [-sum(p * math.log(p) for p in row) for row in probabilities.tolist()]
+    collision = [math.log(sum(p * p for p in row)) for row in probabilities.tolist()]
+    for chunk_elements in (heads.CHUNK_ELEMENTS, 3 * VOCAB):
+        stats = heads.token_stats(model, hidden, target, chunk_elements=chunk_elements)
+        assert stats[:, 1].tolist() == pytest.approx(entropy, abs=1e-5)
+        assert stats[:, 2].tolist() == pytest.approx(collision, abs=1e-5)
+        alone = heads.target_logprobs(model, hidden, target)
+        torch.testing.assert_close(stats[:, 0], alone)
+        ours, plain = (torch.autograd.grad(value.sum(), hidden)[0] for value in (stats, alone))
+        torch.testing.assert_close(ours, plain)  # entropy and collision add none
 
 
 def test_head_never_holds_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

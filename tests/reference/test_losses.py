@@ -7,22 +7,300 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kilter import losses, ops
 
 
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+def tensor(values: list[float] | list[list[float]]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def slow_dpo(chosen: float, rejected: float, ref_chosen: float, ref_rejected: float, beta: float, eps: float) -> float:
+def joined(rows: list[list[float]]) -> list[float]:
+    return [value for row in rows for value in row]
+
+
+def preferred(margin: float) -> float:
+    """Bradley and Terry's probability of a win, as strengths over their sum."""
+    return math.exp(margin) / (math.exp(margin) + 1) if margin < 0 else 1 / (1 + math.exp(-margin))
+
+
+def noisy(win: float, eps: float) -> float:
+    """Cross-entropy of a label that is flipped with probability eps."""
+    return -((1 - eps) * math.log(win) + eps * math.log(1 - win))
+
+
+def ratios(row: dict[str, float]) -> tuple[float, float]:
+    return row["chosen"] - row["ref_chosen"], row["rejected"] - row["ref_rejected"]
+
+
+def slow_dpo(row: dict[str, float], beta: float, label_smoothing: float = 0.0) -> float:
     """Rafailov et al. eq. 7, as the probability that the implicit rewards give to the label."""
-    reward_chosen, reward_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-    likely, unlikely = sigmoid(reward_chosen - reward_rejected), sigmoid(reward_rejected - reward_chosen)
-    return -((1 - eps) * math.log(likely) + eps * math.log(unlikely))
+    good, bad = (beta * ratio for ratio in ratios(row))
+    return noisy(math.exp(good) / (math.exp(good) + math.exp(bad)), label_smoothing)
+
+
+def slow_robust(row: dict[str, float], beta: float, label_smoothing: float) -> float:
+    """The combination of both labels' losses whose mean over flips is the clean label's."""
+    good, bad = (beta * ratio for ratio in ratios(row))
+    clean, flipped = -math.log(preferred(good - bad)), -math.log(preferred(bad - good))
+    a, b = np.linalg.solve(
+        [[1 - label_smoothing, label_smoothing], [label_smoothing, 1 - label_smoothing]], [1.0, 0.0]
+    ).tolist()
+    return a * clean + b * flipped
+
+
+def slow_ipo(row: dict[str, float], beta: float) -> float:
+    good, bad = ratios(row)
+    return (good - bad) ** 2 - (good - bad) / beta + 1 / (4 * beta**2)
+
+
+def slow_hinge(row: dict[str, float], beta: float) -> float:
+    good, bad = ratios(row)
+    margin = beta * good - beta * bad
+    return 1 - margin if margin < 1 else 0.0
+
+
+def slow_f_dpo(row: dict[str, float], beta: float, divergence: str, alpha: float) -> float:
+    """f by its definition, f' by a difference quotient (Wang et al. 2023, table 1)."""
+    f = {
+        "reverse_kl": lambda u: u * math.log(u),
+        "forward_kl": lambda u: -math.log(u),
+        "js": lambda u: u * math.log(u) - (u + 1) * math.log((u + 1) / 2),
+        "alpha": lambda u: (u ** (1 - alpha) - (1 - alpha) * u - alpha) / (alpha * (alpha - 1)),
+    }[divergence]
+
+    def slope(u: float) -> float:
+        step = 1e-5 * u
+        return (f(u + step) - f(u - step)) / (2 * step)
+
+    good, bad = (slope(math.exp(ratio)) for ratio in ratios(row))
+    return -math.log(preferred(beta * (good - bad)))
+
+
+def slow_exo(row: dict[str, float], beta: float, label_smoothing: float) -> float:
+    """KL from the policy's distribution over the pair to the label's, summed over the two."""
+    weights = [math.exp(beta * ratio) for ratio in ratios(row)]
+    policy = [weight / sum(weights) for weight in weights]
+    label = [1 - label_smoothing, label_smoothing]
+    return sum(p * math.log(p / q) for p, q in zip(policy, label, strict=True))
+
+
+def slow_nca(row: dict[str, float], beta: float) -> float:
+    good, bad = (beta * ratio for ratio in ratios(row))
+    return -math.log(preferred(good)) - (math.log(1 - preferred(good)) + math.log(1 - preferred(bad))) / 2
+
+
+def slow_bco_pair(row: dict[str, float], beta: float) -> float:
+    good, bad = (beta * ratio for ratio in ratios(row))
+    return -math.log(preferred(good) * (1 - preferred(bad)))
+
+
+def slow_sppo(row: dict[str, float], beta: float) -> float:
+    """Each log-ratio towards (win probability - 1/2) / beta."""
+    return sum((ratio - (win - 0.5) / beta) ** 2 for ratio, win in zip(ratios(row), (1, 0), strict=True))
+
+
+def slow_apo_zero(row: dict[str, float], beta: float) -> float:
+    good, bad = (beta * ratio for ratio in ratios(row))
+    return -preferred(good) + preferred(bad) + 1
+
+
+def slow_apo_down(row: dict[str, float], beta: float) -> float:
+    good, bad = (beta * ratio for ratio in ratios(row))
+    return preferred(good) - preferred(good - bad) + 1
+
+
+def slow_discopop(row: dict[str, float], beta: float, tau: float) -> float:
+    good, bad = ratios(row)
+    margin = beta * (good - bad)
+    share = preferred(margin / tau)
+    return (1 - share) * math.log(1 + math.exp(-margin)) + share / math.exp(margin)
+
+
+def slow_ld_dpo(row: dict[str, float], beta: float, alpha: float) -> float:
+    """Liu et al. 2024: the tail's likelihood to the power of alpha."""
+
+    def cut(name: str) -> float:
+        head, whole = row[f"{name}_head"], row[name]
+        return head + alpha * (whole - head)
+
+    good = cut("chosen") - cut("ref_chosen")
+    bad = cut("rejected") - cut("ref_rejected")
+    return -math.log(preferred(beta * (good - bad)))
+
+
+def slow_wpo(row: dict[str, float], beta: float) -> float:
+    return row["likeness"] * slow_dpo(row, beta)
+
+
+def slow_rpo(row: dict[str, float], beta: float, nll_coef: float) -> float:
+    return slow_dpo(row, beta) + nll_coef * -row["chosen"] / row["chosen_tokens"]
+
+
+def slow_orpo(row: dict[str, float], beta: float, nll_coef: float) -> float:
+    odds = {side: math.exp(row[side]) / (1 - math.exp(row[side])) for side in ("chosen", "rejected")}
+    log_ratio = math.log(odds["chosen"] / odds["rejected"])
+    return -nll_coef * row["chosen"] - beta * math.log(preferred(log_ratio))
+
+
+def slow_simpo(row: dict[str, float], beta: float, gamma: float, label_smoothing: float) -> float:
+    return noisy(preferred(beta * row["chosen"] - beta * row["rejected"] - gamma), label_smoothing)
+
+
+def slow_alphapo(row: dict[str, float], beta: float, gamma: float, alpha: float) -> float:
+    rewards = {side: (1 - math.exp(row[side]) ** -alpha) / alpha for side in ("chosen", "rejected")}
+    return -math.log(preferred(beta * (rewards["chosen"] - rewards["rejected"]) - gamma))
+
+
+def slow_cpo(row: dict[str, float], beta: float, nll_coef: float, label_smoothing: float) -> float:
+    win = math.exp(beta * row["chosen"]) / (math.exp(beta * row["chosen"]) + math.exp(beta * row["rejected"]))
+    return noisy(win, label_smoothing) - nll_coef * row["chosen"] / row["chosen_tokens"]
+
+
+def slow_kto(row: dict[str, float], beta: float, desirable_weight: float, undesirable_weight: float) -> float:
+    """lambda - v(x, y), eqs. 6 and 7."""
+    gain = beta * (row["logps"] - row["ref_logps"] - row["kl"])
+    if row["desirable"]:
+        return desirable_weight - desirable_weight * preferred(gain)
+    return undesirable_weight - undesirable_weight * preferred(-gain)
+
+
+def slow_apo_zero_unpaired(
+    row: dict[str, float], beta: float, desirable_weight: float, undesirable_weight: float
+) -> float:
+    return slow_kto({**row, "kl": 0.0}, beta, desirable_weight, undesirable_weight)
+
+
+def slow_bco(row: dict[str, float], beta: float) -> float:
+    """Cross-entropy of a classifier."""
+    good = preferred(beta * (row["logps"] - row["ref_logps"]) - beta * row["shift"])
+    return -math.log(good if row["desirable"] else 1 - good)
+
+
+def slow_nll(row: dict[str, float]) -> float:
+    return -row["chosen"]
+
+
+SLOW = {name.removeprefix("slow_"): function for name, function in list(globals().items()) if name.startswith("slow_")}
+SLOW["dpo_norm"] = slow_dpo
+STEP_WIDE = {"aot", "aot_unpaired", "dpo_pl"}
+"""Losses of more than one row: they have tests of their own below."""
+
+
+def random_options(name: str, rng: random.Random) -> dict[str, Any]:
+    """Every option drawn anew, inside its range."""
+    found: dict[str, Any] = {}
+    for key, allowed in losses.preference_losses()[name].ranges.items():
+        if isinstance(allowed, losses.Range):
+            low = max(allowed.above, allowed.at_least, 0.02)
+            found[key] = rng.uniform(low, min(allowed.below, 2.0) * 0.95)
+        else:
+            found[key] = rng.choice(allowed)
+    return found
+
+
+def random_row(name: str, rng: random.Random) -> dict[str, float]:
+    row = {key: -3 * rng.random() - 0.01 for key in losses.preference_losses()[name].inputs}
+    row |= {key: float(rng.randint(1, 9)) for key in row if key.endswith("tokens")}
+    row |= {key: rng.random() for key in row if key in ("likeness", "kl", "shift")}
+    row |= {key: float(rng.random() < 0.5) for key in row if key == "desirable"}
+    return row
+
+
+@pytest.mark.parametrize("name", sorted(set(losses.preference_losses()) - STEP_WIDE))
+def test_preference_losses(name: str) -> None:
+    assert name in SLOW, f"{name!r} has no plain re-derivation"
+    rng = random.Random(name)
+    for _ in range(40):
+        row, options = random_row(name, rng), random_options(name, rng)
+        got = losses.bind(name, options)(*[tensor([value]) for value in row.values()])
+        assert got.item() == pytest.approx(SLOW[name](row, **options), rel=1e-7, abs=1e-9), (row, options)
+
+
+def slow_plackett_luce(rewards: list[float], ranks: list[int]) -> float:
+    """The probability of the order, chosen one after another from those that are left."""
+    left = sorted(range(len(rewards)), key=lambda i: ranks[i])
+    probability = 1.0
+    while left:
+        probability *= math.exp(rewards[left[0]]) / sum(math.exp(rewards[i]) for i in left)
+        del left[0]
+    return -math.log(probability)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_dpo_over_rankings(seed: int) -> None:
+    rng = random.Random(seed)
+    beta = rng.uniform(0.05, 1)
+    sizes = [rng.randint(1, 5) for _ in range(6)]
+    logps = [[-9 * rng.random() for _ in range(k)] for k in sizes]
+    ref_logps = [[-9 * rng.random() for _ in range(k)] for k in sizes]
+    ranks = [rng.sample(range(k), k) for k in sizes]
+    group = [g for g, k in enumerate(sizes) for _ in range(k)]
+    got = losses.dpo_pl(
+        tensor(joined(logps)), tensor(joined(ref_logps)), torch.tensor(group), tensor(joined(ranks)), beta=beta
+    )
+    slow = [
+        slow_plackett_luce([beta * (x - y) for x, y in zip(*rows, strict=True)], order)
+        for *rows, order in zip(logps, ref_logps, ranks, strict=True)
+    ]
+    each = [got[[g == number for g in group]].sum().item() for number in range(len(sizes))]
+    assert each == pytest.approx(slow, rel=1e-9)
+
+
+def slow_aot(rows: list[list[float]], beta: float, eps: float, paired: bool) -> float:
+    """Melnyk et al. 2024: sort both sides of the step, then compare rank by rank."""
+    chosen, rejected, ref_chosen, ref_rejected = zip(*rows, strict=True)
+    if paired:
+        above = sorted(a - b for a, b in zip(chosen, rejected, strict=True))
+        below = sorted(a - b for a, b in zip(ref_chosen, ref_rejected, strict=True))
+    else:
+        above = sorted(a - b for a, b in zip(chosen, ref_chosen, strict=True))
+        below = sorted(a - b for a, b in zip(rejected, ref_rejected, strict=True))
+    return sum(noisy(preferred(beta * (u - v)), eps) for u, v in zip(above, below, strict=True))
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+@pytest.mark.parametrize("seed", range(3))
+def test_dominance_over_the_step(name: str, seed: int) -> None:
+    """Value and gradient (by difference quotients) of a whole step; the ranked inputs are made here by sorting."""
+    rng = random.Random(seed)
+    rows = [[-9 * rng.random() for _ in range(4)] for _ in range(7)]
+    beta, eps = rng.uniform(0.05, 1), rng.uniform(0, 0.49)
+    chosen, rejected, ref_chosen, ref_rejected = tensor(rows).unbind(1)
+
+    def of_same_rank(values: list[float], by: list[float]) -> torch.Tensor:
+        return tensor([sorted(values)[sorted(by).index(value)] for value in by])
+
+    def minus(a: torch.Tensor, b: torch.Tensor) -> list[float]:
+        return [float(x) for x in (a - b)]
+
+    inputs = {
+        "chosen": chosen.clone().requires_grad_(),
+        "rejected": rejected.clone().requires_grad_(),
+        "ref_chosen": ref_chosen,
+        "ref_rejected": ref_rejected,
+        "ref_ranked": of_same_rank(minus(ref_chosen, ref_rejected), minus(chosen, rejected)),
+        "rejected_ranked": of_same_rank(minus(rejected, ref_rejected), minus(chosen, ref_chosen)),
+        "chosen_ranked": of_same_rank(minus(chosen, ref_chosen), minus(rejected, ref_rejected)),
+    }
+    loss = losses.bind(name, {"beta": beta, "label_smoothing": eps})
+    total = loss(*[inputs[key] for key in losses.PAIR_LOSSES[name].inputs]).sum()
+    assert total.item() == pytest.approx(slow_aot(rows, beta, eps, name == "aot"), rel=1e-9)
+    total.backward()
+    for place, side in enumerate(("chosen", "rejected")):
+        for number in range(len(rows)):
+            moved = []
+            for step in (1e-6, -1e-6):
+                changed = [list(row) for row in rows]
+                changed[number][place] += step
+                moved.append(slow_aot(changed, beta, eps, name == "aot"))
+            assert inputs[side].grad is not None
+            assert inputs[side].grad[number].item() == pytest.approx((moved[0] - moved[1]) / 2e-6, abs=1e-7)
 
 
 def slow_bradley_terry(rewards: list[float], ranks: list[int]) -> float:
@@ -61,23 +339,6 @@ def slow_ppo(logprob: float, old: float, advantage: float, clip: float) -> float
 def slow_value(value: float, old: float, target: float, clip: float) -> float:
     near = min(max(value, old - clip), old + clip)
     return max((value - target) ** 2, (near - target) ** 2) / 2
-
-
-def tensor(values: list[float] | list[list[float]]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def joined(rows: list[list[float]]) -> list[float]:
-    return [value for row in rows for value in row]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_dpo(seed: int) -> None:
-    rng = random.Random(seed)
-    rows = [[-30 * rng.random() for _ in range(4)] for _ in range(16)]
-    beta, eps = rng.uniform(0.05, 1), rng.uniform(0, 0.49)
-    got = losses.dpo(*tensor(rows).unbind(1), beta=beta, label_smoothing=eps)
-    assert got.tolist() == pytest.approx([slow_dpo(*row, beta, eps) for row in rows], abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(4))

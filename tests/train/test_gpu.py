@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kilter.train import objectives
+from kilter.train import objectives, preferences
 from kilter.train.checkpoint import CheckpointStore
 from kilter.train.loop import TrainState, train_step
 from kilter.train.optimizer import make_optimizer
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_a_step_on_a_gpu_is_a_step_on_the_cpu(name: str, make: Any, tmp_path: Any) -> None:
     objective: Any = {
         "sft": objectives.sft(),
-        "dpo": objectives.pair("dpo"),
+        "dpo": preferences.preference("dpo"),
         "reward": objectives.reward_model(),
         "ppo": objectives.ppo(),
     }[name]

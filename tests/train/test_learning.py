@@ -11,7 +11,7 @@ from kilter import ops
 from kilter.models.heads import ScalarHead
 from kilter.models.roles import Role
 from kilter.models.trunk import Trunk
-from kilter.train import objectives
+from kilter.train import objectives, preferences
 from kilter.train.loop import TrainState, fit, measure
 from kilter.train.optimizer import make_optimizer
 from kilter.train.sources import GroupSource, with_reference
@@ -100,7 +100,7 @@ def test_dpo_raises_the_margin_on_what_it_saw_and_on_what_it_did_not(make: Any) 
     trunk.models["reference"].load_state_dict(trunk.models["policy"].state_dict())
     seen, unseen = (with_reference(trunk, groups(part)) for part in (PROMPTS[:12], PROMPTS[12:]))
     held_out = make_batches(unseen, row_tokens=64, batch_tokens=256)
-    objective = objectives.pair("dpo", {"beta": 0.2})
+    objective = preferences.preference("dpo", {"beta": 0.2})
     before = measure(trunk, objective, held_out)
     assert abs(before["loss"] - 0.6931) < 1e-3
     assert before["rewards/accuracy"] in (0.0, 0.5, 1.0) or abs(before["rewards/margin"]) < 1e-4

@@ -10,10 +10,10 @@ from kilter.config import Recipe
 
 def execute(recipe: Recipe, out: Path, *, dry_run: bool) -> int:
     """Run `recipe` in `out` and print where the report lies. Torch is loaded here and not before."""
-    for line in recipe.unusual():
-        print(f"kilter: note: {line}", file=sys.stderr)
-    from kilter.stages import plan, run_recipe
+    from kilter.stages import check_losses, plan, run_recipe
 
+    for line in [*recipe.unusual(), *check_losses(recipe)]:
+        print(f"kilter: note: {line}", file=sys.stderr)
     if dry_run:
         print(plan(recipe))
         return 0

@@ -32,6 +32,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "sft": ("train", "supervised fine-tuning on demonstrations"),
         "reward": ("train", "reward model from pairs or rankings"),
         "prefer": ("train", "preference optimisation: DPO and its family"),
+        "losses": ("losses", "the preference losses: formula, source, options, when to use which"),
         "rl": ("train", "reinforcement learning from a reward: PPO"),
     },
     "Judge": {

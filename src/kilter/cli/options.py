@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, cast
 import tyro
 from pydantic import Field, ValidationError
 
-from kilter.config import DataRef, Model, Recipe, Stage, explain, read_yaml
+from kilter.config import DataRef, LossConfig, Model, Recipe, Stage, explain, read_yaml
 from kilter.errors import ConfigError, RunError
 
 M = TypeVar("M", bound=Model)
@@ -39,13 +39,14 @@ def parse(model: type[M], argv: Sequence[str], *, prog: str, default: M | None =
     Raises:
         ConfigError: one line: the option, what is wrong, the nearest known one.
     """
-    words = [_expand(model, word) for word in argv]
+    words, beside = _loss_options(model, [_expand(model, word) for word in argv])
     errors = io.StringIO()
     text = (model.__doc__ or "").strip()
     description = f"{text}\n\nexample:\n  {example}" if example else text
     try:
         with contextlib.redirect_stderr(errors):
-            return cast(M, tyro.cli(model, args=words, prog=prog, default=default, description=description))
+            made = cast(M, tyro.cli(model, args=words, prog=prog, default=default, description=description))
+            return _with_loss_options(made, beside)
     except SystemExit as err:
         if err.code in (0, None):
             raise
@@ -55,18 +56,60 @@ def parse(model: type[M], argv: Sequence[str], *, prog: str, default: M | None =
 def _expand(model: type[Model], word: str) -> str:
     """`--data x` is short for `--data.path x`."""
     name, equals, value = word.partition("=")
-    if not name.startswith("--"):
+    if not name.startswith("--") or _type_at(model, _parts(name)) is not DataRef:
         return word
-    owner: Any = model
-    parts = name[2:].replace("-", "_").split(".")
+    return f"{name}.path{equals}{value}"
+
+
+def _parts(name: str) -> list[str]:
+    return name[2:].replace("-", "_").split(".")
+
+
+def _type_at(model: Any, parts: Sequence[str]) -> Any:
+    """The type of the field that a dotted option names; None: there is none."""
     for part in parts:
-        field = owner.model_fields.get(part) if isinstance(owner, type) and issubclass(owner, Model) else None
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, Model) else None
         if field is None:
-            return word
-        owner = field.annotation
-        if owner is not None and not isinstance(owner, type):
-            owner = next((item for item in getattr(owner, "__args__", ()) if item is not type(None)), owner)
-    return f"{name}.path{equals}{value}" if owner is DataRef else word
+            return None
+        model = field.annotation
+        if model is not None and not isinstance(model, type):
+            model = next((item for item in getattr(model, "__args__", ()) if item is not type(None)), model)
+    return model
+
+
+def _loss_options(model: type[Model], words: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Takes `--loss.OPTION VALUE` out of the words: what options there are, the losses say and no class does.
+
+    Returns:
+        (the other words, path of a loss -> its options).
+    """
+    kept: list[str] = []
+    found: dict[str, dict[str, str]] = {}
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        path, _, key = ".".join(_parts(name)).rpartition(".") if name.startswith("--") else ("", "", "")
+        if not path or key in LossConfig.model_fields or _type_at(model, path.split(".")) is not LossConfig:
+            kept.append(word)
+            continue
+        given = value if equals else next(rest, "")
+        if not given or given.startswith("--"):
+            raise ConfigError(f"{name} needs a value; kilter losses NAME lists the options of a loss")
+        found.setdefault(path, {})[key] = given
+    return kept, found
+
+
+def _with_loss_options(made: M, found: Mapping[str, Mapping[str, str]]) -> M:
+    """The same options with those of their losses filled in."""
+    for path, options in found.items():
+        made = _replaced(made, path.split("."), options)
+    return made
+
+
+def _replaced(made: Any, parts: Sequence[str], options: Mapping[str, str]) -> Any:
+    if not parts:
+        return LossConfig.model_validate(made.model_dump() | options)
+    return made.model_copy(update={parts[0]: _replaced(getattr(made, parts[0]), parts[1:], options)})
 
 
 _INVALID = r"Error parsing (\S+): \d+ validation errors? for \S+ (\S+) (.*?) \[type=.*?input_value=(.*?), "

@@ -1,37 +1,57 @@
 """Losses: pure functions of log-probs, values and rewards. One screen each, with the paper's equation.
 
-`pair` holds the losses over a chosen and a rejected response, by name in `PAIR_LOSSES`; losses over single responses
-come into `UNPAIRED_LOSSES`; `reward` trains reward models; `policy` is PPO's; `sft` is next-token cross-entropy. A new
-preference loss is a function with `@pair_loss(name)` or `@unpaired_loss(name)` and a golden row in its test.
+Preference losses stand by name in three tables: `PAIR_LOSSES` (a chosen and a rejected response; `pair`,
+`reference_free`), `UNPAIRED_LOSSES` (thumbs; `unpaired`), `RANKED_LOSSES` (whole rankings; `ranked`). `reward` trains
+reward models, `policy` is PPO's, `sft` is next-token cross-entropy. A new preference loss is a function with
+`@pair_loss(name)`, `@unpaired_loss(name)` or `@ranked_loss(name)` and a golden row in its test.
 """
 
 from kilter.losses.pair import dpo
 from kilter.losses.policy import ppo_clip, value_clip
+from kilter.losses.ranked import dpo_pl
+from kilter.losses.reference_free import orpo
 from kilter.losses.registry import (
+    PAIR_INPUTS,
     PAIR_LOSSES,
+    RANKED_INPUTS,
+    RANKED_LOSSES,
+    UNPAIRED_INPUTS,
     UNPAIRED_LOSSES,
     PreferenceLoss,
     Range,
     bind,
     pair_loss,
+    preference_losses,
+    ranked_loss,
     unpaired_loss,
     unusual,
 )
 from kilter.losses.reward import bradley_terry, centring
-from kilter.losses.sft import nll
+from kilter.losses.sft import dft, nll
+from kilter.losses.unpaired import kto
 
 __all__ = [
+    "PAIR_INPUTS",
     "PAIR_LOSSES",
+    "RANKED_INPUTS",
+    "RANKED_LOSSES",
+    "UNPAIRED_INPUTS",
     "UNPAIRED_LOSSES",
     "PreferenceLoss",
     "Range",
     "bind",
     "bradley_terry",
     "centring",
+    "dft",
     "dpo",
+    "dpo_pl",
+    "kto",
     "nll",
+    "orpo",
     "pair_loss",
     "ppo_clip",
+    "preference_losses",
+    "ranked_loss",
     "unpaired_loss",
     "unusual",
     "value_clip",

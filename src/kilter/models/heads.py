@@ -6,6 +6,7 @@ backward, so `[tokens, vocabulary]` never exists for more than one chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,11 +70,37 @@ def target_logprobs(model: Any, hidden: Tensor, target: Tensor, *, chunk_element
     def logprobs(hidden: Tensor, target: Tensor) -> Tensor:
         return -F.cross_entropy(logits_of(model, hidden), target, reduction="none")
 
+    return _in_chunks(logprobs, model, hidden, target, chunk_elements)
+
+
+def token_stats(model: Any, hidden: Tensor, target: Tensor, *, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+    """What the policy says of each position beside the target's log-prob, float32[N, 3].
+
+    Columns:
+        0: `target_logprobs`, the only column with a gradient.
+        1: entropy, -sum_v p(v) log p(v), nats.
+        2: log of the collision probability, log sum_v p(v)^2, nats.
+    """
+
+    def stats(hidden: Tensor, target: Tensor) -> Tensor:
+        logits = logits_of(model, hidden)
+        with torch.no_grad():
+            logp = F.log_softmax(logits, dim=-1)
+            entropy, collision = -(logp.exp() * logp).sum(-1), torch.logsumexp(2 * logp, dim=-1)
+        return torch.stack([-F.cross_entropy(logits, target, reduction="none"), entropy, collision], dim=1)
+
+    return _in_chunks(stats, model, hidden, target, chunk_elements)
+
+
+def _in_chunks(
+    read: Callable[[Tensor, Tensor], Tensor], model: Any, hidden: Tensor, target: Tensor, chunk_elements: int
+) -> Tensor:
+    """`read` on as many positions at once as `chunk_elements` logits allow; more than one chunk is computed twice."""
     rows = max(1, chunk_elements // text_config(model.config).vocab_size)
     if len(target) <= rows:
-        return logprobs(hidden, target)
+        return read(hidden, target)
     parts = []
     for start in range(0, len(target), rows):
         piece = hidden[start : start + rows], target[start : start + rows]
-        parts.append(checkpoint(logprobs, *piece, use_reentrant=False, preserve_rng_state=False))
+        parts.append(checkpoint(read, *piece, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(parts)

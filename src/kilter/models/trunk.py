@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from kilter.errors import ModelError
 from kilter.models.attention import AttentionKinds, attention_kinds, inputs_of, text_config, tree_masks
-from kilter.models.heads import ScalarHead, target_logprobs
+from kilter.models.heads import ScalarHead, target_logprobs, token_stats
 from kilter.models.roles import AdapterSwitch, Role, adapter_parameters, base_parameters
 from kilter.tree import TokenTree, unroll
 
-Want = Literal["logprobs", "values", "rewards"]
+Want = Literal["logprobs", "token_stats", "values", "rewards"]
 
 
 class Trunk(nn.Module):
@@ -74,10 +74,11 @@ class Trunk(nn.Module):
         """Runs every (model, adapter) that is asked for once over the tree.
 
         Args:
-            ask: role -> what is wanted of it: "logprobs" (of the targets), "values" (its head at `source`) or
+            ask: role -> what is wanted of it: "logprobs" (of the targets), "token_stats" (those and, without gradient,
+                entropy and log collision probability, `heads.token_stats`), "values" (its head at `source`) or
                 "rewards" (its head at `last`).
         Returns:
-            By role, float32: logprobs [N] in nats, values [N], rewards [R].
+            By role, float32: logprobs [N] in nats, token_stats [N, 3], values [N], rewards [R].
         """
         runs: dict[tuple[str, str | None], list[str]] = {}
         for name, want in ask.items():
@@ -100,8 +101,9 @@ class Trunk(nn.Module):
                 if ask[name] == "values":
                     answers[name] = self.heads[str(self.roles[name].head)](at_source)
                 else:
+                    read = target_logprobs if ask[name] == "logprobs" else token_stats
                     with self._autocast(at_source.device):
-                        answers[name] = target_logprobs(held, at_source, tree.target)
+                        answers[name] = read(held, at_source, tree.target)
         return {name: answers[name] for name in ask}
 
     def _role(self, name: str, want: str) -> Role:
@@ -111,10 +113,11 @@ class Trunk(nn.Module):
         model: Any = self.models[role.model]
         if want not in get_args(Want):
             raise ModelError(f"role {name!r} is asked for {want!r}; choose one of {', '.join(get_args(Want))}")
-        if want != "logprobs" and role.head is None:
+        through_language_head = want in ("logprobs", "token_stats")
+        if not through_language_head and role.head is None:
             raise ModelError(f"role {name!r} is asked for {want} and has no scalar head; build it with one")
-        if want == "logprobs" and model.get_output_embeddings() is None:
-            raise ModelError(f"role {name!r} is asked for logprobs and its model has no language head")
+        if through_language_head and model.get_output_embeddings() is None:
+            raise ModelError(f"role {name!r} is asked for {want} and its model has no language head")
         return role
 
     def _hidden(self, name: str, adapter: str | None, tree: TokenTree, masks: dict[Any, Any]) -> Tensor:

@@ -2,5 +2,6 @@
 
 from kilter.stages.plan import plan
 from kilter.stages.run import run_recipe
+from kilter.stages.supervised import check_losses
 
-__all__ = ["plan", "run_recipe"]
+__all__ = ["check_losses", "plan", "run_recipe"]

@@ -23,7 +23,7 @@ from kilter.stages.inputs import fingerprints
 from kilter.stages.progress import Watch
 from kilter.stages.reinforce import run_rl
 from kilter.stages.summary import evaluate, write_summary
-from kilter.stages.supervised import run_prefer, run_reward, run_sft
+from kilter.stages.supervised import check_losses, run_prefer, run_reward, run_sft
 from kilter.stages.workers import side_by_side
 
 
@@ -77,6 +77,7 @@ def run_recipe(recipe: Recipe, out: Path, *, watch: Watch | None = None) -> RunD
     Raises:
         KilterError: bad input, before anything is trained; a failed check.
     """
+    check_losses(recipe)
     prepare(recipe)
     environment = {
         "seed": recipe.seed,

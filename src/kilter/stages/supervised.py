@@ -9,12 +9,16 @@ import torch
 from torch import nn
 
 from kilter import data
-from kilter.config import Optim, PreferStage, RewardStage, SftStage
+from kilter.config import NO_REFERENCE, Optim, PreferStage, Recipe, RewardStage, SftStage
 from kilter.data.convert import pairs_of
 from kilter.data.split import split_by_prompt
-from kilter.losses import PAIR_LOSSES
+from kilter.errors import ConfigError
+from kilter.losses import unusual
 from kilter.models.build import policy_trunk, reward_trunk
+from kilter.models.load import load_model, load_tokenizer
+from kilter.models.roles import Role
 from kilter.models.save import save_causal_lm, save_reward_model
+from kilter.models.trunk import Trunk
 from kilter.records import PreferencePair, Ranking, Record, Sample, Scorer
 from kilter.scorers.check import check_scorer
 from kilter.scorers.reward_model import RewardModelScorer
@@ -35,8 +39,9 @@ from kilter.stages.training import (
 from kilter.stats import Interval, proportion
 from kilter.train.checks import check_policy_is_reference, require
 from kilter.train.loop import measure
-from kilter.train.objectives import pair, reward_model, sft
-from kilter.train.sources import with_reference
+from kilter.train.objectives import reward_model, sft
+from kilter.train.preferences import Comparison, Term, Thumbs, mixture
+from kilter.train.sources import with_mismatched, with_reference
 from kilter.tree import Group, make_batches
 
 Figures = dict[str, Any]
@@ -100,29 +105,59 @@ def run_reward(context: Context, stage: RewardStage) -> Figures:
     return found
 
 
+def check_losses(recipe: Recipe) -> list[str]:
+    """Refuses a recipe whose losses nobody has, before any work; returns a line for each value outside its usual range.
+
+    Raises:
+        ConfigError: no such loss or option, a value out of its range, or losses over different kinds of data.
+    """
+    lines = []
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, PreferStage):
+            try:
+                objective_of(stage)
+            except ConfigError as err:
+                raise ConfigError(f"stages.{name}: {err}") from err
+            found = [line for loss in (stage.loss, *stage.mix) for line in unusual(loss.name, loss.options)]
+            lines += [f"stages.{name}: {line}" for line in found]
+    return lines
+
+
+def objective_of(stage: PreferStage) -> Comparison | Thumbs:
+    """The objective that a stage asks for."""
+    terms = [Term(loss.name, loss.options, loss.weight) for loss in (stage.loss, *stage.mix)]
+    return mixture(terms, reference_free=stage.reference == NO_REFERENCE)
+
+
 def run_prefer(context: Context, stage: PreferStage) -> Figures:
-    """A pair loss by name; the model at the start is the reference."""
-    objective = pair(stage.loss.name, stage.loss.options())
+    """Any preference loss or a mixture of them; the policy as it starts is the reference, unless another is named."""
+    objective = objective_of(stage)
     equipment = equip(context, stage.model)
-    learned, held = _split(context, equipment, context.records("data", stage.data, "ranking"), stage)
-    needs_reference = PAIR_LOSSES[stage.loss.name].needs_reference
+    learned, held = _split(context, equipment, context.records("data", stage.data, _kind_of(objective)), stage)
+    if isinstance(objective, Thumbs) and objective.needs_mismatched:
+        learned = with_mismatched(learned, seed=context.seed("mismatched"))
+        held = with_mismatched(held, seed=context.seed("mismatched")) if held else held
+    other = stage.reference if objective.needs_reference else ""
     trunk = policy_trunk(
         equipment.folder,
-        reference=needs_reference,
+        reference=objective.needs_reference and not other,
         lora=lora_of(stage.lora),
         generator=context.generator("adapter"),
         compute_dtype=compute_dtype(stage.precision),
     )
+    if other:
+        _add_reference(context, trunk, other, equipment)
     trunk.train_only(*objective.roles)
     check_tokens(equipment, learned)
     gap = check_trunk(context, trunk, "policy", learned, stage.precision)
     pad_id = equipment.encoder.pad_id
-    if needs_reference:
+    if objective.needs_reference:
         context.watch.say("  log-probs of the reference")
         learned = with_reference(trunk, learned, pad_id=pad_id)
         held = with_reference(trunk, held, pad_id=pad_id) if held else held
-        first = make_batches(learned[:32], row_tokens=512, batch_tokens=8192, pad_id=pad_id)
-        require(*check_policy_is_reference(trunk, first, tolerance=tolerance(stage.precision)))
+        if not other and isinstance(objective, Comparison):
+            first = make_batches(learned[:32], row_tokens=512, batch_tokens=8192, pad_id=pad_id)
+            require(*check_policy_is_reference(trunk, first, tolerance=tolerance(stage.precision)))
     source = source_of(context, learned, stage.optim, stage.epochs, pad_id)
     evaluate = _evaluation(objective, held, stage.optim, pad_id)
     places = snapshot_places(source.num_steps, stage.snapshots)
@@ -141,12 +176,32 @@ def run_prefer(context: Context, stage: PreferStage) -> Figures:
     return {"both_ways_gap": gap, "steps": source.num_steps, **_held_out(evaluate, trunk)}
 
 
+def _kind_of(objective: Comparison | Thumbs) -> str:
+    """The kind of records that an objective learns from."""
+    return "feedback" if isinstance(objective, Thumbs) else "ranking"
+
+
+def _add_reference(context: Context, trunk: Trunk, value: str, equipment: Equipment) -> None:
+    """Another model as the reference; it has to read the same tokens as the policy."""
+    folder = context.model(value)
+    if load_tokenizer(folder).get_vocab() != equipment.tokenizer.get_vocab():
+        raise ConfigError(
+            f"stages.{context.name}.reference: {folder} has another vocabulary than {equipment.folder}, so log-probs "
+            "of the same tokens cannot be compared; name a model with the policy's tokenizer"
+        )
+    trunk.add_model("reference", load_model(folder).requires_grad_(False))
+    trunk.add_role("reference", Role("reference"))
+
+
 def first_groups(context: Context, folder: str) -> list[Group]:
     """The first groups that a stage would train on, for a dry run."""
     stage = context.stage
-    kinds = {SftStage: "demonstration", RewardStage: "ranking", PreferStage: "ranking"}
     assert isinstance(stage, SftStage | RewardStage | PreferStage)
-    records = context.records("data", stage.data, kinds[type(stage)])
+    if isinstance(stage, PreferStage):
+        kind = _kind_of(objective_of(stage))
+    else:
+        kind = "demonstration" if isinstance(stage, SftStage) else "ranking"
+    records = context.records("data", stage.data, kind)
     equipment = equip(context, folder)
     return convert(context, equipment, records[:2], stage.optim, "first batch").groups
 

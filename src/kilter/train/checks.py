@@ -16,7 +16,7 @@ from kilter.errors import CheckError
 from kilter.ops import kl_k3, sum_by
 from kilter.train import distributed
 from kilter.train.loop import measure
-from kilter.train.objectives import pair
+from kilter.train.preferences import preference
 from kilter.tree import Batch, TokenTree
 
 TOLERANCE = 1e-3
@@ -164,7 +164,7 @@ def check_policy_is_reference(
 
 
 def _dpo_loss(trunk: nn.Module, batches: Sequence[Batch], role: str) -> float:
-    return measure(trunk, pair("dpo", role=role), batches)["loss/dpo"]
+    return measure(trunk, preference("dpo", role=role), batches)["loss/dpo"]
 
 
 @torch.no_grad()

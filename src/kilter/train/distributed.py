@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -77,12 +78,12 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def total_units(batches: Sequence[Batch], device: torch.device) -> dict[str, int]:
+def total_units(batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
     """How many of each unit the whole step holds, over all micro-batches and processes."""
     names = list(batches[0].units)
     counts = [sum(batch.units[name] for batch in batches) for name in names]
     if world_size() > 1:
-        counts = total(torch.tensor(counts, device=device)).tolist()
+        counts = total(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
     return dict(zip(names, counts, strict=True))
 
 
@@ -123,6 +124,19 @@ def gather_bytes(own: bytes) -> list[bytes]:
     found = [torch.zeros_like(padded) for _ in range(world_size())]
     dist.all_gather(found, padded)
     return [bytes(row[: int(length)].cpu().numpy().tobytes()) for row, length in zip(found, lengths, strict=True)]
+
+
+def gather_columns(own: Tensor) -> tuple[Tensor, int]:
+    """Every process's float[K, M] side by side in the order of the ranks, at every process, in float64.
+
+    Returns:
+        (float64[K, sum of M], where this process's columns begin).
+    """
+    rows = [
+        np.frombuffer(row).reshape(len(own), -1) for row in gather_bytes(own.detach().double().cpu().numpy().tobytes())
+    ]
+    whole = torch.from_numpy(np.concatenate(rows, axis=1)).to(own.device)
+    return whole, sum(row.shape[1] for row in rows[: rank()])
 
 
 def device_of(trunk: nn.Module) -> torch.device:

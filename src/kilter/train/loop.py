@@ -52,7 +52,7 @@ class _Sums:
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor | float] = {}
 
-    def add(self, out: LossOutput, units: Mapping[str, int]) -> None:
+    def add(self, out: LossOutput, units: Mapping[str, float]) -> None:
         """One micro-batch; `units` are the whole step's, so that each term's mean is over the step."""
         for name, (value, unit) in out.terms.items():
             self._put(f"loss/{name}", value.detach())
@@ -130,7 +130,7 @@ def train_step(
     return figures | {"grad_norm": norm, "learning_rate": learning_rate, "tokens": float(units["tokens"])}
 
 
-def _loss(out: LossOutput, units: Mapping[str, int], step: int) -> Tensor:
+def _loss(out: LossOutput, units: Mapping[str, float], step: int) -> Tensor:
     parts = []
     for name, (value, unit) in out.terms.items():
         if not units.get(unit):

@@ -297,7 +297,7 @@ def with_reference(
 def with_mismatched(groups: Sequence[Group], *, seed: int = 0) -> list[Group]:
     """Each group of one response with a second one, marked `mismatched`: the response of another prompt.
 
-    Losses over single responses measure on them how far the policy is from the reference (`objectives.Unpaired`).
+    Losses over single responses measure on them how far the policy is from the reference (`preferences.Thumbs`).
 
     Raises:
         DataError: all prompts are the same, so there is no other one.

@@ -1,0 +1,363 @@
+"""Objectives of preference losses: any registered one by name, alone or mixed with others by weight.
+
+`Comparison` reads pairs and rankings, `Thumbs` single responses. Both read each response's log-prob once, whatever the
+mixture, and hand every loss the inputs that its signature names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kilter.errors import CheckError, ConfigError
+from kilter.losses import RANKED_LOSSES, UNPAIRED_LOSSES, PreferenceLoss, bind, preference_losses
+from kilter.ops import pairs_in_groups, sum_by
+from kilter.train import distributed
+from kilter.train.objectives import LossOutput, extra, side_by_side, summed
+from kilter.tree import Batch
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of a mixture: its name, its options (the others keep their defaults), its weight."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+    @property
+    def loss(self) -> PreferenceLoss:
+        """The registered loss."""
+        return preference_losses()[self.name]
+
+    @property
+    def beta(self) -> float:
+        """The scale of its implicit reward."""
+        return float(self.options.get("beta", self.loss.defaults.get("beta", 1.0)))
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.loss.fn(*[inputs[name] for name in self.loss.inputs], **self.options)
+
+
+def preference(
+    name: str = "dpo",
+    options: Mapping[str, Any] | None = None,
+    *,
+    role: str = "policy",
+    reference_free: bool = False,
+) -> Comparison | Thumbs:
+    """One preference loss by name. Raises ConfigError as `mixture` does."""
+    return mixture([Term(name, options or {})], role=role, reference_free=reference_free)
+
+
+def mixture(terms: Sequence[Term], *, role: str = "policy", reference_free: bool = False) -> Comparison | Thumbs:
+    """A weighted sum of preference losses, all over comparisons or all over thumbs. A tied pair counts half each way.
+
+        loss = sum over terms of weight * sum of the term's losses / the whole step's count of its unit
+
+    Args:
+        role: whose log-probs train.
+        reference_free: take the reference's log-probs as 0 in every loss that asks for them.
+    Raises:
+        ConfigError: no such loss, no such option, a value out of its range, a name twice, or two kinds of data.
+    """
+    for term in terms:
+        try:
+            bind(term.name, term.options)
+        except ValueError as err:
+            raise ConfigError(str(err)) from err
+    names = [term.name for term in terms]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"the loss {twice[0]!r} stands twice in a mixture; add up the weights")
+    over_thumbs = [name in UNPAIRED_LOSSES for name in names]
+    if all(over_thumbs):
+        return Thumbs(tuple(terms), role, reference_free)
+    if any(over_thumbs):
+        raise ConfigError(f"losses {', '.join(names)} read comparisons and thumbs; a mixture reads one kind of data")
+    return Comparison(tuple(terms), role, reference_free)
+
+
+class _Read(NamedTuple):
+    """What one forward says of the responses."""
+
+    logprobs: Tensor  # float[N]
+    ref_logprobs: Tensor  # float[N]
+    logps: Tensor  # float[R]
+    ref_logps: Tensor  # float[R]
+    tokens: Tensor  # float[R]
+    likeness: Tensor | None  # float[R], w of `losses.pair.wpo`, without gradient
+
+
+def _read(trunk: nn.Module, batch: Batch, terms: Sequence[Term], role: str, reference_free: bool) -> _Read:
+    tree, num_responses = batch.tree, len(batch.tree.last)
+    wanted = {name for term in terms for name in term.loss.inputs}
+    likeness = None
+    if "likeness" in wanted:
+        logprobs, _, collision = trunk(tree, {role: "token_stats"})[role].unbind(1)
+    else:
+        logprobs, collision = trunk(tree, {role: "logprobs"})[role], None
+    tokens = sum_by(torch.ones_like(logprobs), tree.leaf, num_responses)
+    if collision is not None:
+        surplus = sum_by((logprobs - collision).detach(), tree.leaf, num_responses)
+        likeness = (surplus / tokens).exp()
+    ref_logprobs = torch.zeros_like(logprobs)
+    if batch.ref_logprobs is not None and not reference_free:
+        ref_logprobs = batch.ref_logprobs.to(logprobs.dtype)
+    elif num_responses and not reference_free and any(term.loss.needs_reference for term in terms):
+        raise CheckError(
+            f"batch: no ref_logprobs, which {', '.join(repr(term.name) for term in terms)} needs; give the groups to "
+            "`sources.with_reference` first"
+        )
+    return _Read(
+        logprobs,
+        ref_logprobs,
+        sum_by(logprobs, tree.leaf, num_responses),
+        sum_by(ref_logprobs, tree.leaf, num_responses),
+        tokens,
+        likeness,
+    )
+
+
+# Pairs and rankings --------------------------------------------------------------------------------------------------
+
+
+class _Pairs(NamedTuple):
+    """Which response is preferred to which: Q directed pairs, a tie standing in both directions at half weight."""
+
+    better: Tensor  # int[Q]; the first P are all pairs of all groups, behind them stand the tied ones the other way
+    worse: Tensor  # int[Q]
+    share: Tensor  # float[Q], 1, or 1/2 for both directions of a tie
+    ordered: Tensor  # float[P], 1, or 0 for a tie: it has no better side to show in figures
+
+
+def _pairs(batch: Batch) -> _Pairs:
+    rank = extra(batch, "rank", "a loss over comparisons")
+    a, b = pairs_in_groups(batch.tree.group)
+    first_is_better = rank[a] <= rank[b]
+    better, worse = torch.where(first_is_better, a, b), torch.where(first_is_better, b, a)
+    tied = rank[a] == rank[b]
+    share = torch.where(tied, 0.5, 1.0)
+    return _Pairs(
+        torch.cat([better, worse[tied]]),
+        torch.cat([worse, better[tied]]),
+        torch.cat([share, share[tied]]),
+        (~tied).float(),
+    )
+
+
+RANKED_OVER_THE_STEP = ("ref_ranked", "rejected_ranked", "chosen_ranked")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pair losses over all pairs of each group and ranked losses over each group, weighted and summed."""
+
+    terms: tuple[Term, ...]
+    role: str = "policy"
+    reference_free: bool = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (self.role,)
+
+    @property
+    def needs_reference(self) -> bool:
+        return not self.reference_free and any(term.loss.needs_reference for term in self.terms)
+
+    @torch.no_grad()
+    def prepare(self, trunk: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """What is a function of the whole step: the count of chosen tokens, the ranks of `aot`'s log-ratios."""
+        if any(term.loss.unit == "chosen_tokens" for term in self.terms):
+            batches = [_with_chosen_tokens(batch) for batch in batches]
+        if not {name for term in self.terms for name in term.loss.inputs} & set(RANKED_OVER_THE_STEP):
+            return batches
+        rows = []  # float[4, Q] of each batch: both differences and both log-ratios
+        for batch in batches:
+            pairs, read = _pairs(batch), self._read(trunk, batch)
+            ratios = read.logps - read.ref_logps
+            rows.append(
+                torch.stack(
+                    [
+                        (read.logps[pairs.better] - read.logps[pairs.worse]),
+                        (read.ref_logps[pairs.better] - read.ref_logps[pairs.worse]),
+                        ratios[pairs.better],
+                        ratios[pairs.worse],
+                    ]
+                )
+            )
+        own = torch.cat(rows, dim=1)
+        everywhere, at = distributed.gather_columns(own)
+        policy, reference, chosen, rejected = everywhere
+        found = (
+            _value_of_same_rank(reference, policy),
+            _value_of_same_rank(rejected, chosen),
+            _value_of_same_rank(chosen, rejected),
+        )
+        sizes = [row.shape[1] for row in rows]
+        columns = [torch.split(value[at : at + own.shape[1]], sizes) for value in found]
+        return [
+            replace(batch, extras=batch.extras | dict(zip(RANKED_OVER_THE_STEP, own_values, strict=True)))
+            for batch, *own_values in zip(batches, *columns, strict=True)
+        ]
+
+    def _read(self, trunk: nn.Module, batch: Batch) -> _Read:
+        return _read(trunk, batch, self.terms, self.role, self.reference_free)
+
+    def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
+        pairs, read = _pairs(batch), self._read(trunk, batch)
+        terms: dict[str, tuple[Tensor, str]] = {}
+        for term in self.terms:
+            divisor = read.tokens if term.loss.length_normalized else torch.ones_like(read.tokens)
+            if term.name in RANKED_LOSSES:
+                losses = term(
+                    {
+                        "logps": read.logps / divisor,
+                        "ref_logps": read.ref_logps / divisor,
+                        "group": batch.tree.group,
+                        "rank": extra(batch, "rank", repr(term.name)),
+                        "tokens": read.tokens,
+                    }
+                )
+            else:
+                losses = term(_pair_inputs(term.loss, batch, pairs, read, divisor)) * pairs.share
+            terms[term.name] = (term.weight * losses.sum(), term.loss.unit)
+        first = self.terms[0]
+        divisor = read.tokens if first.loss.length_normalized else torch.ones_like(read.tokens)
+        rewards = first.beta * ((read.logps - read.ref_logps) / divisor).detach()
+        better, worse = pairs.better[: len(pairs.ordered)], pairs.worse[: len(pairs.ordered)]
+        metrics = side_by_side("rewards", rewards[better], rewards[worse], pairs.ordered)
+        sides = side_by_side("logps", read.logps.detach()[better], read.logps.detach()[worse], pairs.ordered)
+        metrics |= {key: sides[key] for key in ("logps/chosen", "logps/rejected")}
+        return LossOutput(terms, metrics)
+
+
+def _with_chosen_tokens(batch: Batch) -> Batch:
+    """The batch with the count of its better responses' tokens, a response counting once for each pair it wins."""
+    pairs = _pairs(batch)
+    ones = torch.ones(len(batch.tree.leaf), dtype=torch.float64, device=batch.tree.leaf.device)
+    tokens = sum_by(ones, batch.tree.leaf, len(batch.tree.last))
+    return replace(batch, units=batch.units | {"chosen_tokens": float((tokens[pairs.better] * pairs.share).sum())})
+
+
+def _value_of_same_rank(values: Tensor, by: Tensor) -> Tensor:
+    """For each element of `by`, the element of `values` that has the same rank among its own."""
+    found = torch.empty_like(values)
+    found[by.argsort(stable=True)] = values.sort().values
+    return found
+
+
+def _pair_inputs(
+    loss: PreferenceLoss, batch: Batch, pairs: _Pairs, read: _Read, divisor: Tensor
+) -> Mapping[str, Tensor]:
+    """The inputs of a pair loss by name, those that cost something only where it asks for them."""
+    better, worse = pairs.better, pairs.worse
+    found = {
+        "chosen": (read.logps / divisor)[better],
+        "rejected": (read.logps / divisor)[worse],
+        "ref_chosen": (read.ref_logps / divisor)[better],
+        "ref_rejected": (read.ref_logps / divisor)[worse],
+        "chosen_tokens": read.tokens[better],
+        "rejected_tokens": read.tokens[worse],
+    }
+    if read.likeness is not None:
+        found["likeness"] = read.likeness[better] * read.likeness[worse]
+    if any(name.endswith("_head") for name in loss.inputs):
+        shorter = torch.minimum(read.tokens[better], read.tokens[worse]).long()
+        starts = read.tokens.cumsum(0).long() - read.tokens.long()
+        for name, side in (("chosen_head", better), ("rejected_head", worse)):
+            found[name] = _head(read.logprobs, starts[side], shorter)
+            found[f"ref_{name}"] = _head(read.ref_logprobs, starts[side], shorter)
+    return found | {name: batch.extras[name] for name in RANKED_OVER_THE_STEP if name in batch.extras}
+
+
+def _head(logprobs: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    """Sums of `length` log-probs from `start` on; in float64, because a running total grows with the batch."""
+    total = torch.cat([logprobs.new_zeros(1).double(), logprobs.double().cumsum(0)])
+    return (total[start + length] - total[start]).to(logprobs.dtype)
+
+
+# Single responses ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Thumbs:
+    """Losses over single responses with a thumb up or down, weighted and summed, per prompt.
+
+    Where a loss asks for `kl`, groups carry a second response that belongs to another prompt, marked `mismatched`: it
+    only measures how far the policy is from the reference, gets no gradient and is no unit (`sources.with_mismatched`).
+    """
+
+    terms: tuple[Term, ...]
+    role: str = "policy"
+    reference_free: bool = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (self.role,)
+
+    @property
+    def needs_reference(self) -> bool:
+        return not self.reference_free and any(term.loss.needs_reference for term in self.terms)
+
+    @property
+    def needs_mismatched(self) -> bool:
+        """Whether groups must carry responses of other prompts."""
+        return any("kl" in term.loss.inputs for term in self.terms)
+
+    @torch.no_grad()
+    def prepare(self, trunk: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Fills in what is a function of the whole step: `kl` and `shift` of `registry.UNPAIRED_INPUTS`."""
+        if not {name for term in self.terms for name in term.loss.inputs} & {"kl", "shift"}:
+            return batches
+        sums = torch.zeros(2, 3, dtype=torch.float64, device=batches[0].tree.tokens.device)
+        for batch in batches:
+            desirable, mismatched, read = self._read(trunk, batch)
+            kinds = torch.stack([mismatched, (1 - mismatched) * desirable, (1 - mismatched) * (1 - desirable)]).double()
+            sums += torch.stack([kinds @ (read.logps - read.ref_logps).double(), kinds.sum(1)])
+        ratios, counts = distributed.total(sums)
+        means = ratios / counts.clamp(min=1)
+        kl = means[0].clamp(min=0).float()
+        shift = (means[1:].sum() / (counts[1:] > 0).sum().clamp(min=1)).float()
+        return [replace(batch, extras=batch.extras | {"kl": kl, "shift": shift}) for batch in batches]
+
+    def _read(self, trunk: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, _Read]:
+        """Thumbs, marks of mismatched responses, and what the forward says; float[R] each."""
+        desirable = extra(batch, "desirable", "a loss over thumbs")
+        mismatched = batch.extras.get("mismatched", torch.zeros_like(desirable))
+        if self.needs_mismatched:
+            mismatched = extra(batch, "mismatched", "a loss with a mismatched baseline")
+        return desirable, mismatched, _read(trunk, batch, self.terms, self.role, self.reference_free)
+
+    def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
+        desirable, mismatched, read = self._read(trunk, batch)
+        (real,) = (mismatched == 0).nonzero(as_tuple=True)
+        logps, ref_logps, tokens, desirable = (
+            values[real] for values in (read.logps, read.ref_logps, read.tokens, desirable)
+        )
+        terms: dict[str, tuple[Tensor, str]] = {}
+        for term in self.terms:
+            divisor = tokens if term.loss.length_normalized else torch.ones_like(tokens)
+            inputs = {
+                "logps": logps / divisor,
+                "ref_logps": ref_logps / divisor,
+                "desirable": desirable,
+                "tokens": tokens,
+            }
+            inputs |= {
+                name: extra(batch, name, repr(term.name)) for name in ("kl", "shift") if name in term.loss.inputs
+            }
+            terms[term.name] = (term.weight * term(inputs).sum(), term.loss.unit)
+        first = self.terms[0]
+        divisor = tokens if first.loss.length_normalized else torch.ones_like(tokens)
+        rewards = first.beta * ((logps - ref_logps) / divisor).detach()
+        metrics: dict[str, tuple[Tensor, Tensor | float]] = {
+            f"rewards/{side}": (summed(rewards * weight), weight.sum())
+            for side, weight in (("desirable", desirable), ("undesirable", 1 - desirable))
+        }
+        if self.needs_mismatched:
+            metrics["kl/mismatched"] = (batch.extras["kl"].double(), 1.0)
+        return LossOutput(terms, metrics)
