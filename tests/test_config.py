@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kilter.config import LossConfig, PreferStage, Recipe, dump, load, parse, stage_inputs
+from kilter.config import LossConfig, PreferStage, Recipe, SftStage, Source, dump, load, parse, stage_inputs
 from kilter.errors import ConfigError
 
 EVAL = {"stage": "eval", "models": {"a": "m"}, "reference": "m", "prompts": "p.jsonl"}
@@ -65,6 +65,18 @@ def test_a_recipe_survives_yaml() -> None:
     recipe = parse({"seed": 3, "stages": {"a": SFT, "b": SFT | {"model": "a"}}}, "r.yaml")
     assert Recipe.model_validate(yaml.safe_load(dump(recipe))) == recipe
     assert recipe.stages["a"].data.path == "demos.jsonl"  # type: ignore[union-attr]
+
+
+def test_sources_of_sft() -> None:
+    raw = SFT | {"mix": ["more.jsonl", {"path": "text.jsonl", "kind": "document", "weight": 0.3}]}
+    stage = parse({"stages": {"a": raw}}, "r.yaml").stages["a"]
+    assert isinstance(stage, SftStage)
+    assert stage.mix == (Source(path="more.jsonl"), Source(path="text.jsonl", kind="document", weight=0.3))
+    assert stage_inputs(stage)[-2:] == [("mix[0]", "more.jsonl"), ("mix[1]", "text.jsonl")]
+    for wrong in ({"path": "x", "weight": 0}, {"path": "x", "kind": "poem"}, {"path": ""}, {"score": "all"}):
+        assert "stages.a.mix" in refused({"stages": {"a": SFT | {"mix": [wrong]}}})
+    late = {"stages": {"a": SFT | {"mix": ["b"]}, "b": SFT}}
+    assert "stages.a.mix[0] is 'b', which is not an earlier stage" in refused(late)
 
 
 PREFER = {"stage": "prefer", "model": "base", "data": "pairs.jsonl"}

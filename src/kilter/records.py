@@ -89,6 +89,13 @@ class Demonstration(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Document(Record):
+    """Plain text to imitate from its first token to its end, without roles or template."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt(Record):
     """A prompt without an answer, for sampling and evaluation. `kind` groups it; `truth` is what a judge needs."""
 
@@ -154,6 +161,7 @@ class Judgement(Record):
 
 RECORDS: dict[str, type[Record]] = {
     "demonstration": Demonstration,
+    "document": Document,
     "prompt": Prompt,
     "pair": PreferencePair,
     "ranking": Ranking,

@@ -396,3 +396,18 @@ def test_real_tokenizers(folder: str) -> None:
         assert encoded.ids[0] == tokenizer.bos_token_id and encoded.ids.count(tokenizer.bos_token_id) == 1
     plain = turns("Tell me a story", "Once upon a time, there was a dog.", "Go on")
     assert list(encoder.prompt(plain)) == official(encoder, tokenizer, plain, generation=True)
+
+
+def test_a_document_is_its_text_with_begin_and_end(encoder: ChatEncoder, tokenizer: Any) -> None:
+    ids = encoder.document("Once upon a time.")
+    own = tokenizer("Once upon a time.")["input_ids"]
+    assert list(ids[: len(own)]) == own  # BOS where the tokenizer writes one
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else encoder.stop_ids[-1]
+    assert ids[len(own) :] == (end,)
+
+
+def test_control_strings_in_a_document_stay_text(encoder: ChatEncoder, tokenizer: Any) -> None:
+    special = [text for text in tokenizer.all_special_tokens if len(text) > 1]
+    ids = encoder.document(f"a {special[0]} b")
+    known = set(tokenizer.all_special_ids)
+    assert sum(token in known for token in ids) == sum(token in known for token in encoder.document("a b"))

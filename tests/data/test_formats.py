@@ -12,6 +12,7 @@ from kilter.data import layouts, read
 from kilter.records import (
     Conversation,
     Demonstration,
+    Document,
     Judgement,
     Message,
     PreferencePair,
@@ -119,6 +120,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[Record]]] = {
         {"system": "S", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "good"}]},
         [Demonstration(messages=said("Hi", "good", system="S"))],
     ),
+    "text": ({"text": "Once upon a time."}, [Document(text="Once upon a time.")]),
     "transcript": ({"text": "Human: Hi\n\nAssistant: good"}, [Demonstration(messages=said("Hi", "good"))]),
     "trl-completion": (
         {"prompt": [user("Hi")], "completion": [assistant("good"), user("So"), assistant("on")]},

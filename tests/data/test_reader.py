@@ -19,6 +19,7 @@ from kilter.errors import DataError, RunError
 from kilter.records import (
     RECORDS,
     Demonstration,
+    Document,
     Judgement,
     Message,
     PreferencePair,
@@ -32,6 +33,7 @@ ASKED = (Message("user", "Hi"),)
 PAIRS = [{"prompt": f"Question {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(5)]
 OWN = [
     Demonstration(messages=(*ASKED, Message("assistant", "Hello")), source="a"),
+    Document(text="Once upon a time."),
     Prompt(prompt=ASKED, kind="greeting", truth={"colour": "red"}),
     PreferencePair(prompt=ASKED, chosen="Hello", rejected="No", margin=0.5, kind="greeting"),
     PreferencePair(prompt=ASKED, chosen="Hello", rejected="No", tie=True),

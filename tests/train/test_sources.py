@@ -13,6 +13,7 @@ from kilter.errors import DataError
 from kilter.records import (
     Conversation,
     Demonstration,
+    Document,
     Judgement,
     Message,
     PreferencePair,
@@ -21,7 +22,7 @@ from kilter.records import (
     Record,
     UnpairedFeedback,
 )
-from kilter.train.sources import GroupSource, groups_of, with_mismatched, with_reference
+from kilter.train.sources import GroupSource, Pool, groups_of, with_mismatched, with_reference
 from kilter.tree import Batch, Group, Response, make_batch, scored
 
 BOS, END, USER, ANSWER = 1, 2, 3, 4
@@ -45,6 +46,9 @@ class Letters:
 
     def response(self, messages: Conversation, text: str) -> tuple[int, ...]:
         return (*map(ord, text), END)
+
+    def document(self, text: str) -> tuple[int, ...]:
+        return (BOS, *map(ord, text), END)
 
     def rows(self, messages: Conversation) -> tuple[Encoded, ...]:
         answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
@@ -254,3 +258,86 @@ def test_every_response_gets_a_sibling_from_another_prompt() -> None:
     assert with_mismatched(groups, seed=3) == found != with_mismatched(groups, seed=4)
     with pytest.raises(DataError, match="every prompt is the same"):
         with_mismatched(groups[:2])
+
+
+# Plain text, all tokens, several pools ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("max_tokens", "pieces"), [(100, 1), (8, 1), (7, 2), (4, 3), (2, 7)])
+def test_every_token_of_a_document_but_the_first_is_scored_once(max_tokens: int, pieces: int) -> None:
+    groups = groups_of(Letters(), [Document(text="abcdef")], max_tokens=max_tokens).groups
+    assert len(groups) == pieces
+    ids = Letters().document("abcdef")
+    assert groups[0].prompt + tuple(token for group in groups for token in group.responses[0].ids) == ids
+    for group, before in zip(groups[1:], groups[:-1], strict=True):
+        assert group.prompt == before.responses[0].ids[-1:]
+    for group in groups:
+        assert len(group.prompt) == 1 and scored(group.responses[0]) == len(group.responses[0].ids)
+        assert len(group.prompt + group.responses[0].ids) <= max_tokens
+
+
+@pytest.mark.parametrize("stable", [True, False])
+def test_all_tokens_of_a_conversation_can_be_scored(stable: bool) -> None:
+    turns = (Message("user", "ab"), Message("assistant", "c"), Message("user", "d"), Message("assistant", "ef"))
+    encoder = Letters(stable=stable)
+    groups = groups_of(encoder, [Demonstration(messages=turns)], max_tokens=100, score="all").groups
+    assert len(groups) == (1 if stable else 2)
+    for group, row in zip(groups, encoder.rows(turns), strict=True):
+        assert group.prompt == row.ids[:1]
+        assert group.responses[0].ids == row.ids[1:]
+        assert scored(group.responses[0]) == len(row.ids) - 1
+
+
+def pool(first: int, count: int) -> list[Group]:
+    return [Group((1,), (Response((first + place,)),)) for place in range(count)]
+
+
+def places(groups: list[Group]) -> list[int]:
+    return [group.responses[0].ids[0] for group in groups]
+
+
+def test_pools_are_drawn_by_weight_and_each_once_before_again() -> None:
+    def made() -> GroupSource:
+        more = [Pool(pool(100, 7), 1.0), Pool(pool(200, 3), 0.5)]
+        return GroupSource(
+            pool(0, 40), batch_groups=5, row_tokens=9, batch_tokens=9, epochs=2, seed=3, weight=2.0, more=more
+        )
+
+    whole = made()
+    assert whole.total == 140  # 80 of the first, 40 of the second, 20 of the third
+    drawn = places([group for _ in range(whole.num_steps) for group in whole.draw()])
+    kinds = [place // 100 for place in drawn]
+    assert Counter(kinds) == {0: 80, 1: 40, 2: 20}
+    for n in range(1, 141):
+        for kind, share in ((0, 4 / 7), (1, 2 / 7), (2, 1 / 7)):
+            assert abs(kinds[:n].count(kind) - share * n) < 1.0 + 1e-9
+    first = [place for place in drawn if place < 100]
+    assert sorted(first[:40]) == sorted(first[40:]) == list(range(40)) and first[:40] != first[40:]
+    second = [place for place in drawn if 100 <= place < 200]
+    assert sorted(second[:7]) == sorted(second[7:14]) == list(range(100, 107)) and second[:7] != second[7:14]
+    resumed, half = made(), made()
+    for _ in range(11):
+        half.draw()
+    resumed.load_state_dict(half.state_dict())
+    rest = places([group for _ in range(whole.num_steps - 11) for group in resumed.draw()])
+    assert rest == drawn[55:]
+
+
+def test_one_pool_alone_is_drawn_as_ever() -> None:
+    """A weight alone changes nothing, and other pools leave the order of the first as it is."""
+    order = drawn(source(batch_groups=10))
+    assert drawn(source(batch_groups=10, weight=7.0)) == order
+    beside = [Group((1, 100 + place), (Response((7,)),)) for place in range(5)]
+    mixed = source(batch_groups=20, more=[Pool(beside, 1.0)])
+    assert [place for place in drawn(mixed) if place < 90] == order
+
+
+def test_an_empty_pool_is_refused() -> None:
+    with pytest.raises(DataError, match="nothing to train on"):
+        source(more=[Pool([], 1.0)])
+
+
+def test_a_source_saved_with_other_pools_is_refused() -> None:
+    state = source().state_dict()
+    with pytest.raises(DataError, match="num_groups"):
+        source(more=[Pool(pool(100, 5), 1.0)]).load_state_dict(state)

@@ -56,9 +56,13 @@ def parse(model: type[M], argv: Sequence[str], *, prog: str, default: M | None =
 def _expand(model: type[Model], word: str) -> str:
     """`--data x` is short for `--data.path x`."""
     name, equals, value = word.partition("=")
-    if not name.startswith("--") or _type_at(model, _parts(name)) is not DataRef:
+    if not name.startswith("--") or not _is_ref(_type_at(model, _parts(name))):
         return word
     return f"{name}.path{equals}{value}"
+
+
+def _is_ref(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, DataRef)
 
 
 def _parts(name: str) -> list[str]:
@@ -156,7 +160,7 @@ def partial(model: type[M], values: Mapping[str, Any], place: str) -> M:
     complete = dict(values)
     missing = {name: field for name, field in model.model_fields.items() if field.is_required() and name not in values}
     for name in missing:
-        complete[name] = {"path": "?"} if missing[name].annotation is DataRef else {} if name == "models" else ""
+        complete[name] = {"path": "?"} if _is_ref(missing[name].annotation) else {} if name == "models" else ""
     try:
         made = model.model_validate(complete)
     except ValidationError as err:
@@ -166,7 +170,7 @@ def partial(model: type[M], values: Mapping[str, Any], place: str) -> M:
 
 
 def _blank(annotation: Any) -> Any:
-    return DataRef.model_construct(path=tyro.MISSING) if annotation is DataRef else tyro.MISSING
+    return annotation.model_construct(path=tyro.MISSING) if _is_ref(annotation) else tyro.MISSING
 
 
 def stage_values(path: Path | None, kind: str) -> dict[str, Any]:

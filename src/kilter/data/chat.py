@@ -180,6 +180,14 @@ class ChatEncoder:
         prompt = self._prompt_text(messages)
         return tuple(self._response_ids(prompt, self._response_text(messages, prompt, text)))
 
+    def document(self, text: str) -> tuple[int, ...]:
+        """Ids of plain text: BOS where the tokenizer writes one, the text, and EOS. Typed control strings stay text."""
+        tokenizer = self._tokenizer
+        first = tokenizer.encode("a")[:1]
+        begins = tuple(first) if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else ()
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else self.stop_ids[-1]
+        return (*begins, *self._ids(self._guard(text)), int(end))
+
     def conversation(self, messages: Conversation) -> Encoded:
         """A whole conversation in one row, every assistant turn and its end token scored; it ends with the last one.
 

@@ -16,6 +16,7 @@ from kilter.records import (
     ROLES,
     Conversation,
     Demonstration,
+    Document,
     Judgement,
     Message,
     PreferencePair,
@@ -243,6 +244,8 @@ def check_record(record: Record) -> None:
             _check_turns(turns, "messages")
             if turns[-1].role != "assistant":
                 raise BadRow("messages", f"'messages' ends with a {turns[-1].role} turn; it must end with an answer")
+        case Document():
+            _check_texts({"text": record.text}, "a document needs a text")
         case PreferencePair():
             _check_prompt(record.prompt)
             _check_texts({"chosen": record.chosen, "rejected": record.rejected}, PAIR_RULE)

@@ -33,6 +33,7 @@ from kilter.records import (
     RECORDS,
     Conversation,
     Demonstration,
+    Document,
     Message,
     PreferencePair,
     Prompt,
@@ -248,6 +249,12 @@ def sharegpt(row: Row) -> Iterable[Record]:
 def one_transcript(row: Row) -> Iterable[Record]:
     """One transcript 'Human: ... Assistant: ...' in text."""
     yield Demonstration(messages=transcript(text(row, "text"), "text"))
+
+
+@layout("text", "document", "text", fits=lambda row: not is_transcript(row["text"]))
+def plain_text(row: Row) -> Iterable[Record]:
+    """Plain text without roles, in text."""
+    yield Document(text=text(row, "text"))
 
 
 @layout("trl-completion", "demonstration", "prompt", "completion")

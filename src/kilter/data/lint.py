@@ -14,6 +14,7 @@ from kilter.data.split import prompt_of
 from kilter.records import (
     Conversation,
     Demonstration,
+    Document,
     Judgement,
     PreferencePair,
     Ranking,
@@ -97,6 +98,8 @@ def responses_of(record: Record) -> tuple[str, ...]:
     match record:
         case Demonstration():
             return tuple(turn.content for turn in record.messages if turn.role == "assistant")
+        case Document():
+            return (record.text,)
         case PreferencePair():
             return record.chosen, record.rejected
         case Ranking() | Judgement():

@@ -11,6 +11,7 @@ from kilter.data.split import prompt_of
 from kilter.errors import DataError
 from kilter.records import (
     Demonstration,
+    Document,
     Judgement,
     PreferencePair,
     Prompt,
@@ -62,6 +63,9 @@ def _encoded(record: Record, encoder: ChatEncoder) -> list[tuple[str, Encoded]]:
     if isinstance(record, Demonstration):
         rows = encoder.rows(record.messages)
         return [("demonstration" if len(rows) == 1 else f"turn {place + 1}", row) for place, row in enumerate(rows)]
+    if isinstance(record, Document):
+        ids = encoder.document(record.text)
+        return [("document", Encoded(ids, ((1, len(ids)),)))]
     prompt = encoder.prompt(prompt_of(record))
     if isinstance(record, Prompt):
         return [("prompt", Encoded(prompt, ()))]

@@ -6,13 +6,15 @@ import hashlib
 from collections.abc import Sequence
 from typing import TypeVar
 
-from kilter.records import Conversation, Demonstration, Record, prompt_id
+from kilter.records import Conversation, Demonstration, Document, Message, Record, prompt_id
 
 R = TypeVar("R", bound=Record)
 
 
 def prompt_of(record: Record) -> Conversation:
-    """What a record's responses answer; of a demonstration, all before its last turn."""
+    """What a record's responses answer; of a demonstration, all before its last turn; a document answers nothing."""
+    if isinstance(record, Document):
+        return ()
     if isinstance(record, Demonstration):
         return record.messages[:-1]
     prompt: Conversation = record.prompt  # type: ignore[attr-defined]  # every other record has one
@@ -20,10 +22,12 @@ def prompt_of(record: Record) -> Conversation:
 
 
 def split_key(record: Record) -> str:
-    """Identity of a conversation's opening, up to the first user turn.
+    """Identity of a conversation's opening, up to the first user turn; of a document, all of it.
 
     Longer and shorter prompts of one conversation contain each other, so they stay on one side.
     """
+    if isinstance(record, Document):
+        return prompt_id((Message("user", record.text),))
     turns = record.messages if isinstance(record, Demonstration) else prompt_of(record)
     first = next((place for place, turn in enumerate(turns) if turn.role == "user"), len(turns) - 1)
     return prompt_id(turns[: first + 1])

@@ -41,7 +41,7 @@ from kilter.train.checks import check_policy_is_reference, require
 from kilter.train.loop import measure
 from kilter.train.objectives import reward_model, sft
 from kilter.train.preferences import Comparison, Term, Thumbs, mixture
-from kilter.train.sources import with_mismatched, with_reference
+from kilter.train.sources import Pool, with_mismatched, with_reference
 from kilter.tree import Group, make_batches
 
 Figures = dict[str, Any]
@@ -52,24 +52,33 @@ HELD_OUT = "held_out.jsonl"
 def run_sft(context: Context, stage: SftStage) -> Figures:
     """Cross-entropy of demonstrations; the result is an ordinary model folder."""
     equipment = equip(context, stage.model)
-    learned, held = _split(context, equipment, context.records("data", stage.data, "demonstration"), stage)
+    learned, held = _split(context, equipment, context.records("data", stage.data, stage.data.kind), stage)
+    more = [Pool(_mixed(context, equipment, stage, place), source.weight) for place, source in enumerate(stage.mix)]
     trunk = policy_trunk(
         equipment.folder,
         lora=lora_of(stage.lora),
         generator=context.generator("adapter"),
         compute_dtype=compute_dtype(stage.precision),
     )
-    objective = sft()
+    objective = sft(loss=stage.loss)
     trunk.train_only(*objective.roles)
-    check_tokens(equipment, learned)
+    check_tokens(equipment, learned, ends=stage.data.kind != "document")
     gap = check_trunk(context, trunk, "policy", learned, stage.precision)
-    source = source_of(context, learned, stage.optim, stage.epochs, equipment.encoder.pad_id)
-    evaluate = _evaluation(objective, held, stage.optim, equipment.encoder.pad_id)
+    pad_id = equipment.encoder.pad_id
+    source = source_of(context, learned, stage.optim, stage.epochs, pad_id, weight=stage.data.weight, more=more)
+    evaluate = _evaluation(objective, held, stage.optim, pad_id)
     train(context, trunk, objective, source, stage.optim, source.num_steps, evaluate=evaluate)
     save_causal_lm(trunk, "policy", context.folder.result, equipment.template())
     parameters = sum(parameter.numel() for parameter in trunk.models["policy"].parameters())
     figures = {"both_ways_gap": gap, "steps": source.num_steps, "parameters": parameters}
     return figures | _held_out(evaluate, trunk)
+
+
+def _mixed(context: Context, equipment: Equipment, stage: SftStage, place: int) -> list[Group]:
+    """The groups of one source beside the data."""
+    source = stage.mix[place]
+    records = context.records(f"mix[{place}]", source, source.kind)
+    return convert(context, equipment, records, stage.optim, source.path, source.score).groups
 
 
 def run_reward(context: Context, stage: RewardStage) -> Figures:
@@ -200,10 +209,11 @@ def first_groups(context: Context, folder: str) -> list[Group]:
     if isinstance(stage, PreferStage):
         kind = _kind_of(objective_of(stage))
     else:
-        kind = "demonstration" if isinstance(stage, SftStage) else "ranking"
+        kind = stage.data.kind if isinstance(stage, SftStage) else "ranking"
     records = context.records("data", stage.data, kind)
     equipment = equip(context, folder)
-    return convert(context, equipment, records[:2], stage.optim, "first batch").groups
+    score = stage.data.score if isinstance(stage, SftStage) else "responses"
+    return convert(context, equipment, records[:2], stage.optim, "first batch", score).groups
 
 
 def order_accuracy(scorer: Scorer, truth: Scorer, records: Sequence[Ranking]) -> Interval:
@@ -234,8 +244,9 @@ def _split(
     context: Context, equipment: Equipment, records: Sequence[Record], stage: SftStage | PreferStage
 ) -> tuple[list[Group], list[Group]]:
     learned, held = split_by_prompt(records, held_out=stage.held_out, seed=context.seed("split"))
-    groups = convert(context, equipment, learned, stage.optim, "training").groups
-    return groups, convert(context, equipment, held, stage.optim, "held out").groups if held else []
+    score = stage.data.score if isinstance(stage, SftStage) else "responses"
+    groups = convert(context, equipment, learned, stage.optim, "training", score).groups
+    return groups, convert(context, equipment, held, stage.optim, "held out", score).groups if held else []
 
 
 def _evaluation(

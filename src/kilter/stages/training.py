@@ -29,7 +29,7 @@ from kilter.train.checks import (
 )
 from kilter.train.loop import BatchSource, EarlyStop, TrainState, fit
 from kilter.train.optimizer import make_optimizer, make_schedule
-from kilter.train.sources import Conversion, GroupSource, groups_of
+from kilter.train.sources import Conversion, GroupSource, Pool, Score, groups_of
 from kilter.tree import Group, make_batches
 
 SHOWN = {
@@ -83,13 +83,17 @@ def tolerance(precision: Precision) -> float:
     return TOLERANCE if precision.compute == "float32" else LOW_PRECISION_TOLERANCE
 
 
-def check_tokens(equipment: Equipment, groups: Sequence[Group]) -> None:
-    """The checks of the first batch: scored tokens, an end token among them, BOS once."""
+def check_tokens(equipment: Equipment, groups: Sequence[Group], *, ends: bool = True) -> None:
+    """The checks of the first batch: scored tokens, an end token among them, BOS once.
+
+    Args:
+        ends: False for pieces of documents, of which few have an end.
+    """
     batches = make_batches(groups[:32], row_tokens=512, batch_tokens=8192, pad_id=equipment.encoder.pad_id)
     stops = equipment.encoder.stop_ids
     require(
         check_scored(batches),
-        check_end_scored(batches, stops),
+        *([check_end_scored(batches, stops)] if ends else []),
         check_bos(batches, equipment.tokenizer.bos_token_id, stops),
     )
 
@@ -102,8 +106,17 @@ def check_trunk(context: Context, trunk: Trunk, role: str, groups: Sequence[Grou
     return report.found.gap
 
 
-def source_of(context: Context, groups: Sequence[Group], optim: Optim, epochs: float, pad_id: int) -> GroupSource:
-    """Shuffled steps from groups, resumable in the middle of an epoch."""
+def source_of(
+    context: Context,
+    groups: Sequence[Group],
+    optim: Optim,
+    epochs: float,
+    pad_id: int,
+    *,
+    weight: float = 1.0,
+    more: Sequence[Pool] = (),
+) -> GroupSource:
+    """Shuffled steps from groups, and from other pools beside them, resumable in the middle of an epoch."""
     return GroupSource(
         groups,
         batch_groups=optim.batch_size,
@@ -112,10 +125,19 @@ def source_of(context: Context, groups: Sequence[Group], optim: Optim, epochs: f
         seed=context.seed("order"),
         epochs=epochs,
         pad_id=pad_id,
+        weight=weight,
+        more=more,
     )
 
 
-def convert(context: Context, equipment: Equipment, records: Sequence[Record], optim: Optim, what: str) -> Conversion:
+def convert(
+    context: Context,
+    equipment: Equipment,
+    records: Sequence[Record],
+    optim: Optim,
+    what: str,
+    score: Score = "responses",
+) -> Conversion:
     """Records as groups of tokens; what was dropped or cut is said."""
     found = groups_of(
         equipment.encoder,
@@ -123,6 +145,7 @@ def convert(context: Context, equipment: Equipment, records: Sequence[Record], o
         max_tokens=optim.max_tokens,
         over_long=optim.over_long,
         bos_id=equipment.tokenizer.bos_token_id,
+        score=score,
     )
     context.watch.say(f"  {what}: {len(records)} records, {len(found.groups)} groups, {found.tally}")
     return found

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,11 +14,21 @@ from torch import nn
 
 from kilter.data.chat import Encoded
 from kilter.errors import DataError
-from kilter.records import Conversation, Demonstration, Judgement, PreferencePair, Ranking, Record, UnpairedFeedback
+from kilter.records import (
+    Conversation,
+    Demonstration,
+    Document,
+    Judgement,
+    PreferencePair,
+    Ranking,
+    Record,
+    UnpairedFeedback,
+)
 from kilter.train import distributed
 from kilter.tree import Batch, Group, Response, make_batches, split_by_response
 
 OverLong = Literal["drop", "cut_prompt", "error"]
+Score = Literal["responses", "all"]
 
 
 class Encoder(Protocol):
@@ -28,6 +39,8 @@ class Encoder(Protocol):
     def response(self, messages: Conversation, text: str) -> tuple[int, ...]: ...
 
     def rows(self, messages: Conversation) -> tuple[Encoded, ...]: ...
+
+    def document(self, text: str) -> tuple[int, ...]: ...
 
 
 # Records to groups ---------------------------------------------------------------------------------------------------
@@ -80,16 +93,29 @@ def fit_length(
     return replace(group, prompt=first + group.prompt[-room:])
 
 
-def groups_of_demonstration(encoder: Encoder, record: Demonstration) -> list[Group]:
-    """Every assistant turn scored: one group, or one for each turn where the template is not prefix-stable."""
-    return [_group_of_row(row) for row in encoder.rows(record.messages)]
+def groups_of_demonstration(encoder: Encoder, record: Demonstration, score: Score = "responses") -> list[Group]:
+    """Every assistant turn scored: one group, or one for each turn where the template is not prefix-stable.
+
+    Args:
+        score: `all` scores every token after the first, what users say and the template's own too.
+    """
+    return [_group_of_row(row, score) for row in encoder.rows(record.messages)]
 
 
-def _group_of_row(row: Encoded) -> Group:
+def _group_of_row(row: Encoded, score: Score) -> Group:
+    if score == "all":
+        return Group(row.ids[:1], (Response(row.ids[1:]),))
     start = max(1, row.spans[0][0])  # the first token has nothing before it to be predicted from
     end = row.spans[-1][1]
     spans = tuple((max(a - start, 0), b - start) for a, b in row.spans)
     return Group(row.ids[:start], (Response(row.ids[start:end], spans),))
+
+
+def groups_of_document(encoder: Encoder, record: Document, max_tokens: int) -> list[Group]:
+    """Every token scored but the first. A long document is cut into pieces, each begun by the last token before it."""
+    ids = encoder.document(record.text)
+    starts = range(0, len(ids) - 1, max_tokens - 1)
+    return [Group(ids[at : at + 1], (Response(ids[at + 1 : at + max_tokens]),)) for at in starts]
 
 
 def group_of_responses(
@@ -103,14 +129,16 @@ def group_of_responses(
     return Group(encoder.prompt(prompt), tuple(responses))
 
 
-def groups_of_record(encoder: Encoder, record: Record) -> list[Group]:
-    """The groups of any record that can be trained on.
+def groups_of_record(encoder: Encoder, record: Record, *, max_tokens: int, score: Score = "responses") -> list[Group]:
+    """The groups of any record that can be trained on; a document comes in pieces of at most `max_tokens`.
 
     Pairs and rankings carry `rank` (0 is best) and `margin` for each response, unpaired feedback `desirable` (1 or 0).
     A pair's margin stands on the chosen response, so that the difference within the pair is the margin.
     """
     if isinstance(record, Demonstration):
-        return groups_of_demonstration(encoder, record)
+        return groups_of_demonstration(encoder, record, score)
+    if isinstance(record, Document):
+        return groups_of_document(encoder, record, max_tokens)
     if isinstance(record, PreferencePair):
         numbers = [
             {"rank": 0.0, "margin": record.margin or 0.0},
@@ -146,9 +174,12 @@ def groups_of(
     max_tokens: int,
     over_long: OverLong = "drop",
     bos_id: int | None = None,
+    score: Score = "responses",
 ) -> Conversion:
     """The groups of many records, those too long dropped or cut as said and counted.
 
+    Args:
+        score: of demonstrations, the answers or `all` tokens.
     Raises:
         DataError: nothing is left.
     """
@@ -156,7 +187,7 @@ def groups_of(
     places: list[int] = []
     tally = Tally()
     for number, record in enumerate(records):
-        for group in groups_of_record(encoder, record):
+        for group in groups_of_record(encoder, record, max_tokens=max_tokens, score=score):
             kept = fit_length(
                 group,
                 max_tokens,
@@ -176,6 +207,13 @@ def groups_of(
 # Groups to batches ---------------------------------------------------------------------------------------------------
 
 
+class Pool(NamedTuple):
+    """Groups that are drawn beside others, by weight."""
+
+    groups: Sequence[Group]
+    weight: float = 1.0
+
+
 class GroupSource:
     """Draws groups for each step, shuffled anew in every epoch, and packs them after.
 
@@ -190,6 +228,9 @@ class GroupSource:
         seed: of the order.
         epochs: passes over the groups; a part of a pass is fine.
         shuffle: False keeps the order given.
+        weight: of `groups` beside `more`. After n draws each pool has given its share of n, to within one; a pool that
+            is used up begins again, in a new order.
+        more: other pools.
     """
 
     def __init__(
@@ -203,16 +244,20 @@ class GroupSource:
         epochs: float = 1.0,
         pad_id: int = 0,
         shuffle: bool = True,
+        weight: float = 1.0,
+        more: Sequence[Pool] = (),
     ) -> None:
-        if not groups:
+        self.pools = [Pool(groups, weight), *more]
+        if not all(pool.groups for pool in self.pools):
             raise DataError("nothing to train on: no groups; look at what the conversion dropped")
-        self.groups = list(groups)
         self.batch_groups = batch_groups
         self.row_tokens, self.batch_tokens, self.pad_id = row_tokens, batch_tokens, pad_id
         self.seed, self.shuffle = seed, shuffle
-        self.total = max(1, round(epochs * len(self.groups)))
+        share = weight / sum(pool.weight for pool in self.pools)
+        self.total = max(1, round(epochs * len(groups) / share))
         self.position = 0
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._schedule = _schedule([pool.weight for pool in self.pools], self.total) if more else None
+        self._orders: dict[int, tuple[int, list[int]]] = {}
 
     @property
     def num_steps(self) -> int:
@@ -226,18 +271,20 @@ class GroupSource:
             raise DataError(
                 f"the source is at its end after {self.num_steps} steps; ask for fewer steps or more epochs"
             )
-        drawn = [self.groups[self._at(place)] for place in range(self.position, end)]
+        drawn = [self._at(place) for place in range(self.position, end)]
         self.position = end
         return drawn
 
-    def _at(self, place: int) -> int:
-        epoch, offset = divmod(place, len(self.groups))
+    def _at(self, place: int) -> Group:
+        pool, place = (0, place) if self._schedule is None else (int(row[place]) for row in self._schedule)
+        groups = self.pools[pool].groups
+        epoch, offset = divmod(place, len(groups))
         if not self.shuffle:
-            return offset
-        if self._order[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.groups))
-            self._order = (epoch, order.tolist())
-        return self._order[1][offset]
+            return groups[offset]
+        if self._orders.get(pool, (-1, []))[0] != epoch:
+            seed = [self.seed, epoch] if pool == 0 else [self.seed, epoch, pool]
+            self._orders[pool] = (epoch, np.random.default_rng(seed).permutation(len(groups)).tolist())
+        return groups[self._orders[pool][1][offset]]
 
     def next_step(self) -> list[Batch]:
         """This process's micro-batches of the next step."""
@@ -245,16 +292,34 @@ class GroupSource:
         return make_batches(own, row_tokens=self.row_tokens, batch_tokens=self.batch_tokens, pad_id=self.pad_id)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "seed": self.seed, "num_groups": len(self.groups)}
+        return {"position": self.position, "seed": self.seed, "num_groups": self._num_groups}
+
+    @property
+    def _num_groups(self) -> int:
+        return sum(len(pool.groups) for pool in self.pools)
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        for name, now in (("seed", self.seed), ("num_groups", len(self.groups))):
+        for name, now in (("seed", self.seed), ("num_groups", self._num_groups)):
             if state[name] != now:
                 raise DataError(
                     f"the source was saved with {name} {state[name]} and now has {now}: data or seed have changed; "
                     "start a new run directory"
                 )
         self.position = state["position"]
+
+
+def _schedule(weights: Sequence[float], total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which pool each of `total` draws is from, and its place among the pool's own draws.
+
+    The k-th draw of a pool with share w is due at (k + 1/2) / w; draws go in the order in which they are due.
+    """
+    shares = np.asarray(weights) / sum(weights)
+    counts = [math.ceil(share * total) + 1 for share in shares]
+    due = np.concatenate([(np.arange(count) + 0.5) / share for count, share in zip(counts, shares, strict=True)])
+    pool = np.repeat(np.arange(len(weights)), counts)
+    within = np.concatenate([np.arange(count) for count in counts])
+    order = np.argsort(due, kind="stable")[:total]
+    return pool[order], within[order]
 
 
 @torch.no_grad()

@@ -1,0 +1,69 @@
+"""Recipes: frozen pydantic models, one YAML file a run. Unknown keys are errors that name the nearest known one.
+
+A recipe is a mapping of named stages. A stage names its inputs: an earlier stage, a file or folder, a hub name, or
+`package.module:function`. So the whole loop, a part of it, or one stage alone are the same thing.
+"""
+
+from kilter.config.fields import (
+    DataRef,
+    Lora,
+    LossConfig,
+    Model,
+    Optim,
+    PpoConfig,
+    Precision,
+    SamplingConfig,
+    Source,
+)
+from kilter.config.recipe import (
+    Recipe,
+    dump,
+    explain,
+    load,
+    parse,
+    read_yaml,
+    stage_inputs,
+)
+from kilter.config.stages import (
+    NO_REFERENCE,
+    STAGES,
+    BestOfNStage,
+    Claim,
+    CollectStage,
+    EvalStage,
+    PreferStage,
+    RewardStage,
+    RlStage,
+    SftStage,
+    Stage,
+)
+
+__all__ = [
+    "NO_REFERENCE",
+    "STAGES",
+    "BestOfNStage",
+    "Claim",
+    "CollectStage",
+    "DataRef",
+    "EvalStage",
+    "Lora",
+    "LossConfig",
+    "Model",
+    "Optim",
+    "PpoConfig",
+    "Precision",
+    "PreferStage",
+    "Recipe",
+    "RewardStage",
+    "RlStage",
+    "SamplingConfig",
+    "SftStage",
+    "Source",
+    "Stage",
+    "dump",
+    "explain",
+    "load",
+    "parse",
+    "read_yaml",
+    "stage_inputs",
+]

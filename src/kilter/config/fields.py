@@ -1,0 +1,238 @@
+"""What stages are configured with: frozen pydantic models that refuse unknown keys and name what is unusual."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")]
+"""Name of a stage or of an evaluated model: it becomes a file's name and an option's."""
+
+
+class Model(BaseModel):
+    """Base of every part of a recipe: frozen, unknown keys refused, documented field by field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    usual: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """Field -> the range people use; a value outside is allowed and warned of."""
+
+    def unusual(self, place: str = "") -> list[str]:
+        """One line for each value outside its usual range, in this part and all below it."""
+        lines = []
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            where = f"{place}.{name}" if place else name
+            if isinstance(value, Model):
+                lines += value.unusual(where)
+            elif name in self.usual and isinstance(value, int | float) and value:
+                low, high = self.usual[name]
+                if not low <= value <= high:
+                    lines.append(f"{where} is {value:g}; {low:g} to {high:g} is usual")
+        return lines
+
+
+class DataRef(Model):
+    """Where records come from."""
+
+    path: str = ""
+    """A file, an earlier stage, `package.module:function`, or a hub name; empty: none."""
+    format: str = "auto"
+    """Layout of the file's rows; `auto` recognises it by content. `kilter data formats` lists them."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments when `path` is a function."""
+    limit: Annotated[int, Field(ge=0)] = 0
+    """Use the first records only; 0: all."""
+    skip_bad: bool = False
+    """Set bad rows aside in a file of the run and count them, instead of refusing the file."""
+
+
+NOTHING = DataRef()
+
+
+class Source(DataRef):
+    """What to imitate: conversations, or plain text."""
+
+    kind: Literal["demonstration", "document"] = "demonstration"
+    """`document`: plain text, without roles or template, cut into pieces of `max_tokens`."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of each step's groups drawn from here, relative to the other sources' weights."""
+    score: Literal["responses", "all"] = "responses"
+    """Scored tokens: those of the assistant's turns, or all. A document is scored whole."""
+
+
+class Optim(Model):
+    """AdamW, its schedule, and how a step is made of micro-batches. None of the latter changes what is learned."""
+
+    usual: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "learning_rate": (1e-7, 5e-3),
+        "weight_decay": (0, 0.2),
+        "max_grad_norm": (0.1, 10),
+    }
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate. 1e-6 to 1e-5 is usual for billions of parameters, 1e-4 to 3e-3 for a few million."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, per unit of learning rate; norms and biases are spared."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's decay of the squared gradient."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Decay after the warm-up, down to zero at the last step."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps in which the learning rate rises from zero."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Clip the gradient's norm at this value."""
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    """Prompts in one optimizer step."""
+    row_tokens: Annotated[int, Field(gt=0)] = 512
+    """Token budget of a packed row."""
+    batch_tokens: Annotated[int, Field(gt=0)] = 8192
+    """Token budget of a micro-batch: what must fit in memory at once."""
+    max_tokens: Annotated[int, Field(gt=1)] = 1024
+    """Longest prompt with one response, tokens; longer rows follow `over_long`."""
+    over_long: Literal["drop", "cut_prompt", "error"] = "drop"
+    """What to do with an over-long row. A response's end is never cut."""
+    checkpoint_every: Annotated[int, Field(gt=0)] = 50
+    """Steps between checkpoints: what a kill can cost."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations on the held-out rows; 0: only at the end."""
+    early_stop: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many evaluations without improvement; 0: never."""
+
+
+class Lora(Model):
+    """Low-rank adapters (Hu et al. 2021). Rank 0 trains every weight."""
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of the update; 8 to 64 is usual; 0: full training."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """Scale: the update is multiplied by alpha / rank."""
+    targets: Literal["all-linear", "attention"] = "all-linear"
+    """Which matrices get an adapter."""
+
+
+class Precision(Model):
+    """Number formats."""
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Format of the forward pass; weights, gradients and losses stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+
+
+class SamplingConfig(Model):
+    """How responses are drawn."""
+
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Keep the k most likely tokens; 0: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Keep the smallest set of tokens of at least this probability."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 64
+    """Length limit, tokens."""
+    batch_size: Annotated[int, Field(gt=0)] = 256
+    """Responses drawn at once. Fixed by the recipe, so that a resumed run draws the same bits."""
+
+
+class LossConfig(Model):
+    """A preference loss by name, with its options beside: `{name: simpo, beta: 2, gamma: 1}`.
+
+    Names, options and their ranges are those of the losses themselves (`kilter losses`); a stage checks them before
+    any work starts.
+    """
+
+    name: str = "dpo"
+    """Name of a preference loss; `kilter losses` lists them."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its weight in a mixture."""
+    options: dict[str, float | str] = Field(default_factory=dict)
+    """Options of the loss, on the command line `--loss.OPTION VALUE`; `kilter losses NAME` lists them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_options_beside(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping):
+            return raw
+        own = {key: value for key, value in raw.items() if key in cls.model_fields}
+        beside = {key: value for key, value in raw.items() if key not in cls.model_fields and value is not None}
+        options = own.get("options") or {}
+        if not isinstance(options, Mapping):
+            return raw
+        return own | {"options": {key: _number(value) for key, value in {**options, **beside}.items()}}
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-3 as text."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+class PpoConfig(Model):
+    """PPO's numbers (Schulman et al. 2017; Ziegler et al. 2019; Stiennon et al. 2020)."""
+
+    usual: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "kl_coef": (0.005, 0.5),
+        "clip_range": (0.05, 0.4),
+        "vf_coef": (0.05, 2.0),
+        "gamma": (0.95, 1.0),
+        "gae_lambda": (0.8, 1.0),
+    }
+
+    kl_coef: Annotated[float, Field(ge=0)] = 0.05
+    """Reward paid away per nat of log-ratio to the reference; 0 takes the brake off."""
+    kl_controller: Literal["fixed", "adaptive"] = "adaptive"
+    """`adaptive` steers `kl_coef` to keep the KL near `kl_target` (Ziegler et al. 2019)."""
+    kl_target: Annotated[float, Field(gt=0)] = 6.0
+    """KL from the reference to steer to, nats a response."""
+    clip_range: Annotated[float, Field(gt=0)] = 0.2
+    """Clip the probability ratio to 1 +- this."""
+    clip_range_value: Annotated[float, Field(ge=0)] = 0.2
+    """Clip the value's move to this; 0: no clip."""
+    vf_coef: Annotated[float, Field(ge=0)] = 0.5
+    """Weight of the value loss."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount a token."""
+    gae_lambda: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Bias against variance of the advantages (Schulman et al. 2016)."""
+    whiten_advantages: bool = True
+    """Scale the advantages of a rollout to mean 0 and variance 1."""
+    normalize_reward: bool = True
+    """Divide scores by their running standard deviation and take their running mean away."""
+    reward_clip: Annotated[float, Field(ge=0)] = 5.0
+    """Clip normalised scores to +- this; 0: no clip."""
+    truncation_penalty: Annotated[float, Field(ge=0)] = 1.0
+    """Taken from the score of a response that met the length limit."""
+    epochs: Annotated[int, Field(gt=0)] = 2
+    """Passes over one rollout."""
+    minibatches: Annotated[int, Field(gt=0)] = 2
+    """Optimizer steps in one pass."""
+    value_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the value function; none given: the policy's."""
+    value_from_reward: bool = True
+    """Start the value function from the reward model; otherwise from the policy."""
+
+
+Ref = TypeVar("Ref", bound=DataRef)
+
+
+def _as_ref(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _given(value: Ref) -> Ref:
+    if not value.path:
+        raise ValueError("path is empty; name a file, an earlier stage, a function or a hub data set")
+    return value
+
+
+Required = Annotated[DataRef, BeforeValidator(_as_ref), AfterValidator(_given)]
+RequiredSource = Annotated[Source, BeforeValidator(_as_ref), AfterValidator(_given)]
+Possible = Annotated[DataRef, BeforeValidator(_as_ref)]

@@ -1,0 +1,249 @@
+"""The stages of a recipe, each with its inputs, its method and its numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kilter.config.fields import (
+    NOTHING,
+    Lora,
+    LossConfig,
+    Model,
+    Name,
+    Optim,
+    Possible,
+    PpoConfig,
+    Precision,
+    Required,
+    RequiredSource,
+    SamplingConfig,
+)
+
+NO_REFERENCE = "none"
+"""What a `prefer` stage names as its reference when it wants none."""
+
+
+class Stage(Model):
+    """Base of all stages."""
+
+    seed_offset: int = 0
+    """Added to the recipe's seed for this stage."""
+
+
+class SftStage(Stage):
+    """Supervised fine-tuning on demonstrations."""
+
+    stage: Literal["sft"] = "sft"
+    model: str
+    """Model to start from: a folder, a hub name, or an earlier stage."""
+    data: RequiredSource
+    """Demonstrations; `{path: text.jsonl, kind: document}` for plain text."""
+    mix: tuple[RequiredSource, ...] = ()
+    """More sources, drawn beside `data` by weight: `[{path: text.jsonl, kind: document, weight: 0.3}]`."""
+    loss: Literal["nll", "dft"] = "nll"
+    """Cross-entropy, or dynamic fine-tuning: each token weighted by its own probability (Wu et al. 2025)."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over `data`."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of prompts (of `data`; of documents, whole ones) kept for evaluation."""
+    optim: Optim = Optim()
+    lora: Lora = Lora()
+    precision: Precision = Precision()
+
+
+class CollectStage(Stage):
+    """Sample k responses to each prompt and have an annotator rank them."""
+
+    stage: Literal["collect"] = "collect"
+    model: str
+    """Model that answers."""
+    prompts: Required
+    """Prompts to answer."""
+    annotator: Required
+    """`package.module:function` that makes an annotator, with its options."""
+    num_samples: Annotated[int, Field(gt=1)] = 4
+    """Responses a prompt, ranked together."""
+    sampling: SamplingConfig = SamplingConfig()
+    truth: Possible = NOTHING
+    """Scorer of the true reward, used only to state how often the labels order pairs as truth does."""
+
+
+class RewardStage(Stage):
+    """Train a reward model on pairs or rankings: Bradley-Terry over all pairs of a prompt, in one pass."""
+
+    stage: Literal["reward"] = "reward"
+    model: str
+    """Model to start from; its head is new."""
+    data: Required
+    """Preference pairs, rankings, or an earlier `collect` stage."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of prompts kept for evaluation."""
+    centering: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the squared mean reward, which fixes the level that Bradley-Terry leaves free."""
+    truth: Possible = NOTHING
+    """Scorer of the true reward: states how often the reward model orders held-out pairs as truth does."""
+    optim: Optim = Optim()
+    lora: Lora = Lora()
+    precision: Precision = Precision()
+
+
+class PreferStage(Stage):
+    """Preference optimisation: DPO and its family."""
+
+    stage: Literal["prefer"] = "prefer"
+    model: str
+    """Policy to start from."""
+    data: Required
+    """Preference pairs, rankings, or an earlier `collect` stage; for a loss over thumbs, feedback."""
+    loss: LossConfig = LossConfig()
+    mix: tuple[LossConfig, ...] = ()
+    """More losses over the same data, added with their weights: `[{name: nll, weight: 0.2}]`."""
+    reference: str = ""
+    """Frozen model to measure from: a folder, a hub name or an earlier stage; empty: the policy as it starts;
+    `none`: its log-probs count as 0."""
+    snapshots: Annotated[int, Field(ge=0)] = 0
+    """Keep so many policies along the way, evenly spaced, for the picture of reward against KL."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of prompts kept for evaluation."""
+    optim: Optim = Optim()
+    lora: Lora = Lora()
+    precision: Precision = Precision()
+
+
+class RlStage(Stage):
+    """Reinforcement learning from a reward."""
+
+    stage: Literal["rl"] = "rl"
+    algorithm: Literal["ppo"] = "ppo"
+    """Which algorithm."""
+    model: str
+    """Policy to start from; it is also the reference."""
+    reward: str
+    """Reward model: an earlier stage, a folder, or `package.module:function` of a scorer."""
+    prompts: Required
+    """Prompts to answer."""
+    pairs: Possible = NOTHING
+    """Held-out pairs on which the reward must prefer the better answer, or training is refused. Default: those that
+    the reward stage kept aside."""
+    rollouts: Annotated[int, Field(gt=0)] = 50
+    """How many times the policy is sampled."""
+    prompts_per_rollout: Annotated[int, Field(gt=0)] = 64
+    """Prompts sampled each time."""
+    num_samples: Annotated[int, Field(gt=0)] = 1
+    """Responses to each of them."""
+    sampling: SamplingConfig = SamplingConfig()
+    ppo: PpoConfig = PpoConfig()
+    snapshots: Annotated[int, Field(ge=0)] = 0
+    """Keep so many policies along the way, evenly spaced, for the picture of reward against KL."""
+    stop_below: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """When fewer than this share of a rollout's answers pass `stop_measure`, the last good policy takes its place."""
+    stop_after: Annotated[int, Field(gt=0)] = 1
+    """Stop after so many such rollouts in a row; before, training goes on from the last good policy."""
+    stop_measure: Possible = NOTHING
+    """`package.module:function` that says whether an answer is still a sentence."""
+    optim: Optim = Optim(learning_rate=1e-6)
+    lora: Lora = Lora()
+    precision: Precision = Precision()
+
+
+class BestOfNStage(Stage):
+    """Draw n responses and keep the one that the reward model likes best: the yardstick that trains nothing."""
+
+    stage: Literal["best_of_n"] = "best_of_n"
+    model: str
+    """Model that answers."""
+    reward: str
+    """Reward model that chooses."""
+    num_samples: Annotated[int, Field(gt=1)] = 16
+    """n."""
+
+
+class Claim(Model):
+    """Something a run should show, held against its figures: it holds when the whole 95% interval lies on its side."""
+
+    text: str
+    """The claim in words, for the report."""
+    left: str
+    """`model.metric`, for example `ppo.true_reward`."""
+    right: str = ""
+    """`model.metric` to compare with: the difference is taken prompt by prompt; empty: `left` stands alone."""
+    above: float | None = None
+    """The interval's lower end must be above this."""
+    below: float | None = None
+    """The interval's upper end must be below this, or equal to it."""
+    paired: bool = True
+    """False: the interval is that of `left` alone, less the mean of `right`."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.above is None and self.below is None:
+            raise ValueError(f"the claim {self.text!r} has no bound; give `above`, `below` or both")
+        return self
+
+
+class EvalStage(Stage):
+    """Sample every model on held-out prompts and measure it against truth, proxy and reference."""
+
+    stage: Literal["eval"] = "eval"
+    models: dict[Name, str]
+    """Name in the report -> model folder or stage."""
+    reference: str
+    """The model from which KL and win rate are measured: usually the SFT stage."""
+    reward: str | None = None
+    """Reward model for the proxy reward."""
+    prompts: Required
+    """Held-out prompts, with their kinds."""
+    truth: Possible = NOTHING
+    """Scorer of the true reward, where there is one."""
+    measure: Possible = NOTHING
+    """`package.module:function` of (prompt, text) that gives the flags: attack success, over-refusal, ..."""
+    demonstrations: Possible = NOTHING
+    """The demonstrators' answers to prompts of the same kinds, measured beside the models."""
+    oracle: Possible = NOTHING
+    """`package.module:function` of a prompt that gives the best answer known."""
+    sampling: SamplingConfig = SamplingConfig()
+    curve_prompts: Annotated[int, Field(ge=0)] = 220
+    """Prompts on which snapshots along a method's path are measured."""
+    slider_prompts: Annotated[int, Field(ge=0)] = 3
+    """Prompts whose answers the report's slider shows."""
+    claims: tuple[Claim, ...] = ()
+    """What the run should show."""
+
+    @model_validator(mode="after")
+    def _names_are_free_and_known(self) -> Self:
+        taken = ("answers", "curve", "demonstrations")
+        if clash := [name for name in taken if name in self.models]:
+            raise ValueError(
+                f"models.{clash[0]} has the name of a file of every evaluation; give the model another name"
+            )
+        for claim in self.claims:
+            for address in filter(None, (claim.left, claim.right)):
+                model, _, metric = address.partition(".")
+                if not metric or model not in (*self.models, "demonstrations"):
+                    raise ValueError(
+                        f"the claim {claim.text!r} reads {address!r}; it must be model.metric, for example "
+                        f"{next(iter(self.models), 'sft')}.true_reward"
+                    )
+        return self
+
+
+AnyStage = Annotated[
+    SftStage | CollectStage | RewardStage | PreferStage | RlStage | BestOfNStage | EvalStage,
+    Field(discriminator="stage"),
+]
+
+STAGES: dict[str, type[Stage]] = {
+    "sft": SftStage,
+    "collect": CollectStage,
+    "reward": RewardStage,
+    "prefer": PreferStage,
+    "rl": RlStage,
+    "best_of_n": BestOfNStage,
+    "eval": EvalStage,
+}
