@@ -65,12 +65,9 @@ def orpo(
 
 
 def _log_odds(logp: Tensor) -> Tensor:
-    """log(p / (1 - p)) from log p < 0; a certain response is taken as one of 1 - 1e-6."""
+    """log(p / (1 - p)) from log p <= 0; a certain response is taken as one of 1 - 1e-6."""
     logp = logp.clamp(max=math.log1p(-1e-6))
-    near_one = logp > -math.log(2)  # log(1 - e^x): Maechler 2012, "Accurately computing log(1 - exp(-|a|))", eq. 7
-    inner = torch.where(near_one, logp, -1.0)
-    outer = torch.where(near_one, -1.0, logp)
-    return logp - torch.where(near_one, (-torch.expm1(inner)).log(), torch.log1p(-outer.exp()))
+    return logp - (-torch.expm1(logp)).log()
 
 
 @pair_loss("simpo", length_normalized=True)

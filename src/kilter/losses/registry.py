@@ -174,13 +174,13 @@ def bind(name: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
     """
     table = preference_losses()
     if name not in table:
-        close = difflib.get_close_matches(name, table, n=1)
+        close = difflib.get_close_matches(name, table)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"loss.name is {name!r}; {hint}choose one of {', '.join(sorted(table))}")
     loss = table[name]
     for key, value in options.items():
         if key not in loss.ranges:
-            close = difflib.get_close_matches(key, loss.ranges, n=1)
+            close = difflib.get_close_matches(key, loss.ranges)
             hint = f"did you mean {close[0]!r}? " if close else ""
             known = ", ".join(loss.ranges) or "none"
             raise ValueError(f"loss.{key}: {name!r} has no such option; {hint}it takes {known}")
