@@ -11,14 +11,15 @@ from families import CONFIGS, PACKED, some_groups, untouched_model
 
 from kilter.errors import CheckError
 from kilter.models import check as check_module
-from kilter.models import heads
+from kilter.models import heads, segments
 from kilter.models import trunk as trunk_module
+from kilter.models.attention import AttentionKinds
 from kilter.models.build import policy_trunk, ppo_trunk, reward_trunk
 from kilter.models.check import both_ways
 from kilter.models.load import load_model
 from kilter.models.roles import Lora
 from kilter.models.trunk import Trunk
-from kilter.tree import TokenTree, size
+from kilter.tree import TokenTree, make_tree, size
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +127,45 @@ def test_window_lost_by_the_mask_is_named(folders: dict[str, Path], monkeypatch:
     right = trunk_module.tree_masks
 
     def windowless(tree, kinds, dtype):
-        return right(tree, trunk_module.AttentionKinds(dict.fromkeys(kinds.windows), kinds.additive), dtype)
+        return right(tree, AttentionKinds(dict.fromkeys(kinds.windows), kinds.additive), dtype)
 
     monkeypatch.setattr(trunk_module, "tree_masks", windowless)
     report = both_ways(policy_trunk(load_model(folders["gemma2"])), some_groups(5), "policy")
     assert "lost window" in str(report.fault) and report.layout == "unrolled"
+
+
+def test_wrong_segments_leave_the_dense_mask(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Runs that lose their window, or a keyword nobody knows: packing goes on, more slowly, and says so."""
+    right = segments.Runs.mask
+    monkeypatch.setattr(segments.Runs, "mask", lambda self, run, _, like: right(self, run, None, like))
+    trunk = policy_trunk(load_model(folders["mistral"]))
+    wide = make_tree([some_groups(40)])
+    assert trunk.by_segments("policy", wide)
+    with caplog.at_level(logging.WARNING, logger="kilter"):
+        report = both_ways(trunk, some_groups(5), "policy")
+    assert report.layout == trunk.layout == "packed" and report.fault is None and report.found.gap < 2e-5
+    assert not trunk.by_segments("policy", wide)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "attention by segments refused (numbers differ by" in line and "dense masks" in line
+    monkeypatch.undo()
+    trunk = policy_trunk(load_model(folders["llama"]))
+    monkeypatch.setattr(segments, "NO_EFFECT", segments.NO_EFFECT - {"use_cache"})
+    with caplog.at_level(logging.WARNING, logger="kilter"):
+        assert both_ways(trunk, some_groups(5), "policy").layout == "packed"
+    assert "does not know what to do with use_cache" in caplog.records[-1].getMessage()
+    assert not trunk.by_segments("policy", wide)
+
+
+def test_segments_are_looked_at(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    right = segments.runs_of
+    monkeypatch.setattr(segments, "runs_of", lambda tree: (calls.append(tree.tokens.shape), right(tree))[1])
+    trunk = policy_trunk(load_model(folders["llama"]))
+    both_ways(trunk, some_groups(5), "policy")
+    assert len(calls) == 2 and trunk.by_segments("policy", make_tree([some_groups(40)]))
+    assert trunk.dense_up_to == trunk_module.DENSE_UP_TO
 
 
 def test_dropout_is_named(folders: dict[str, Path]) -> None:
@@ -181,9 +216,7 @@ def test_model_that_refuses_the_mask_falls_back(folders: dict[str, Path]) -> Non
     trunk.layout = "packed"  # as if nobody had known
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trunk_module, "inputs_of", lambda _: frozenset({"input_ids", "attention_mask"}))
-        patch.setattr(
-            trunk_module, "attention_kinds", lambda _: trunk_module.AttentionKinds({"full_attention": None}, False)
-        )
+        patch.setattr(trunk_module, "attention_kinds", lambda _: AttentionKinds({"full_attention": None}, False))
         report = both_ways(trunk, some_groups(5), "policy")
     assert report.layout == "unrolled" and "does not take a tree" in str(report.fault)
 

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import CONFIGS, PACKED, expected, gradient_gap, gradients, mixed_loss, trained_model
+from families import (
+    CONFIGS,
+    PACKED,
+    SEGMENTED,
+    WINDOW,
+    attending,
+    expected,
+    gradient_gap,
+    gradients,
+    mixed_loss,
+    trained_model,
+)
 
+from kilter.models import segments
 from kilter.models import trunk as trunk_module
 from kilter.models.build import policy_trunk
 from kilter.tree import Group, make_batch
@@ -21,11 +33,11 @@ def micro_batches(groups: list[Group], size: int) -> list[list[list[Group]]]:
 
 @pytest.mark.parametrize("size", [16, 4, 1], ids=["1x16", "4x4", "16x1"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_tree_is_its_responses(family: str, checkpointing: bool, size: int) -> None:
+@pytest.mark.parametrize(("family", "way"), [*((f, "dense") for f in CONFIGS), *((f, "segments") for f in SEGMENTED)])
+def test_tree_is_its_responses(family: str, way: str, checkpointing: bool, size: int) -> None:
     groups, _, theirs = expected(family)
     model = trained_model(family)
-    trunk = policy_trunk(model)
+    trunk = attending(policy_trunk(model), way)
     assert trunk.layout == ("packed" if family in PACKED else "unrolled")
     trunk.set_checkpointing(checkpointing)
     for rows in micro_batches(groups, size):
@@ -50,7 +62,7 @@ def test_leaked_mask_is_red(family: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(trunk_module, "tree_masks", leaked)
     groups, _, theirs = expected(family)
     model = trained_model(family)
-    mixed_loss(policy_trunk(model), make_batch([groups])).backward()
+    mixed_loss(attending(policy_trunk(model), "dense"), make_batch([groups])).backward()
     gap, _ = gradient_gap(gradients(model), theirs)
     assert gap > 1e-2
 
@@ -68,5 +80,37 @@ def test_window_over_places_is_red(family: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(trunk_module, "tree_masks", by_place)
     groups, _, theirs = expected(family)
     model = trained_model(family)
-    mixed_loss(policy_trunk(model), make_batch([groups])).backward()
+    mixed_loss(attending(policy_trunk(model), "dense"), make_batch([groups])).backward()
     assert gradient_gap(gradients(model), theirs)[0] > 1e-3
+
+
+@pytest.mark.parametrize("family", SEGMENTED)
+def test_a_run_that_sees_what_is_not_on_its_path_is_red(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaked(tree):
+        return [
+            segments.Run(run.row, run.start, run.end, ((0, run.start),) if run.start else (), run.start)
+            for run in right(tree)
+        ]
+
+    right = segments.runs_of
+    monkeypatch.setattr(segments, "runs_of", leaked)
+    groups, _, theirs = expected(family)
+    model = trained_model(family)
+    mixed_loss(attending(policy_trunk(model), "segments"), make_batch([groups])).backward()
+    assert gradient_gap(gradients(model), theirs)[0] > 1e-2
+
+
+@pytest.mark.parametrize("family", [f for f in SEGMENTED if "sliding_window" in CONFIGS[f][1]])
+def test_a_run_without_its_window_is_red(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, seen = segments.Runs.mask, set()
+
+    def windowless(self, run, window, like):
+        seen.add(window)
+        return right(self, run, None, like)
+
+    monkeypatch.setattr(segments.Runs, "mask", windowless)
+    groups, _, theirs = expected(family)
+    model = trained_model(family)
+    mixed_loss(attending(policy_trunk(model), "segments"), make_batch([groups])).backward()
+    assert gradient_gap(gradients(model), theirs)[0] > 1e-3
+    assert WINDOW in seen

@@ -1,9 +1,8 @@
 """How a tree is shown to a Hugging Face decoder: the dense 4-D mask, one for each kind of layer it mixes.
 
 This is the reference way to attend. It asks nothing of the model but that it takes `position_ids` and a prepared mask,
-as decoders in transformers do. A faster way (one call per segment, registered with transformers' `AttentionInterface`)
-goes beside it in this package and has to give the same numbers; `check.both_ways` compares either with the untouched
-model.
+as decoders in transformers do. The faster way, `segments`, has to give the same numbers; `check.both_ways` compares
+both with the untouched model.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kilter.models.segments import SEGMENTS, register
 from kilter.tree import TokenTree
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -29,6 +29,8 @@ class AttentionKinds:
     """transformers' name of the layer type -> its window in positions, None: sees its whole path."""
     additive: bool
     """True: a float mask, added to the scores (`eager`); False: a boolean one, True where a key is seen (`sdpa`)."""
+    segments: bool = False
+    """Its attention can be asked for run by run (`segments.attend`)."""
 
 
 def text_config(config: Any) -> Any:
@@ -64,13 +66,26 @@ def attention_kinds(model: Any) -> AttentionKinds | str:
     for name in ("position_ids", "attention_mask"):
         if name not in accepted:
             return f"{type(model).__name__} takes no {name}"
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", SEGMENTS):
         return f"attention {config._attn_implementation!r} takes no prepared mask"
     windows = layer_windows(config)
     unknown = sorted(windows.keys() - {FULL, SLIDING})
     if unknown:
         return f"{type(model).__name__} has layers of type {unknown[0]!r}"
-    return AttentionKinds(windows, additive=config._attn_implementation == "eager")
+    implementation = config._attn_implementation
+    return AttentionKinds(windows, additive=implementation == "eager", segments=implementation == SEGMENTS)
+
+
+def use_segments(model: Any) -> None:
+    """Lets a model that attends by `sdpa` be asked run by run; what it does without runs stays `sdpa`."""
+    if text_config(model.config)._attn_implementation == "sdpa" and model._supports_attention_backend:
+        register()
+        model.config._attn_implementation = SEGMENTS
+
+
+def leave_segments(model: Any) -> None:
+    """Back to `sdpa`, with and without a tree."""
+    model.config._attn_implementation = "sdpa"
 
 
 def visible(tree: TokenTree) -> Tensor:
@@ -101,6 +116,13 @@ def tree_masks(tree: TokenTree, kinds: AttentionKinds, dtype: torch.dtype) -> Te
         masks[kind] = _additive(within, dtype) if kinds.additive else within
     masks = {kind: mask[:, None] for kind, mask in masks.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def unread_masks(model: Any) -> Tensor | dict[str, Tensor]:
+    """What stands in the mask's place for a model that is told the runs: transformers makes none where one is given."""
+    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+    windows = layer_windows(model.config)
+    return dict.fromkeys(windows, nothing) if len(windows) > 1 else nothing
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,10 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from kilter.errors import ModelError
-from kilter.models.attention import AttentionKinds, attention_kinds, inputs_of, text_config, tree_masks
+from kilter.models.attention import (
+    AttentionKinds,
+    attention_kinds,
+    inputs_of,
+    text_config,
+    tree_masks,
+    unread_masks,
+    use_segments,
+)
 from kilter.models.heads import ScalarHead, target_logprobs, token_stats
 from kilter.models.roles import AdapterSwitch, Role, adapter_parameters, base_parameters
+from kilter.models.segments import SEGMENTS, Runs
 from kilter.tree import TokenTree, unroll
+
+DENSE_UP_TO = 256
+"""Rows up to this wide take a dense mask even where segments are possible: less overhead than area."""
 
 Want = Literal["logprobs", "token_stats", "values", "rewards"]
 
@@ -45,6 +57,7 @@ class Trunk(nn.Module):
         self.roles: dict[str, Role] = {}
         self.compute_dtype = compute_dtype
         self.layout: Literal["packed", "unrolled"] = "packed"
+        self.dense_up_to = DENSE_UP_TO
         self._switches: dict[str, AdapterSwitch] = {}
         for name, model in models.items():
             self.add_model(name, model)
@@ -54,6 +67,7 @@ class Trunk(nn.Module):
     def add_model(self, name: str, model: nn.Module) -> None:
         """Holds another model, for roles to be named on."""
         self.models[name] = model
+        use_segments(model)
         self._switches[name] = AdapterSwitch()
         self._switches[name].attach(model)
         if isinstance(attention_kinds(decoder(model)), str):
@@ -124,7 +138,11 @@ class Trunk(nn.Module):
         """Final hidden states [B, T, H] of one model with one adapter (None: adapters off)."""
         model = decoder(self.models[name])
         inputs: dict[str, Any] = {"input_ids": tree.tokens, "position_ids": tree.positions, "use_cache": False}
-        if self.layout == "packed":
+        if self.layout == "packed" and self.by_segments(name, tree):
+            if SEGMENTS not in masks:
+                masks[SEGMENTS] = Runs(tree)
+            inputs |= {"runs": masks[SEGMENTS], "attention_mask": unread_masks(model)}
+        elif self.layout == "packed":
             kinds = attention_kinds(model)
             assert isinstance(kinds, AttentionKinds), kinds
             dtype = self.compute_dtype or next(model.parameters()).dtype
@@ -138,6 +156,12 @@ class Trunk(nn.Module):
         with self._switches[name].use(adapter), self._autocast(tree.tokens.device):
             hidden: Tensor = model(**inputs).last_hidden_state
         return hidden
+
+    def by_segments(self, name: str, tree: TokenTree) -> bool:
+        """Whether a model attends run by run over this tree, or by a dense mask."""
+        kinds = attention_kinds(decoder(self.models[name]))
+        wide = tree.tokens.shape[1] > self.dense_up_to
+        return isinstance(kinds, AttentionKinds) and kinds.segments and wide and tree.tokens.device.type == "cpu"
 
     def _autocast(self, device: torch.device) -> Any:
         return nullcontext() if self.compute_dtype is None else torch.autocast(device.type, self.compute_dtype)
