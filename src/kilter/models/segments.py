@@ -56,7 +56,15 @@ class Runs:
 
     def __init__(self, tree: TokenTree) -> None:
         self.runs = runs_of(tree)
+        self._ends: dict[int, int] = {}
+        for run in self.runs:
+            self._ends[run.row] = run.end
         self._masks: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+
+    def clear_tails(self, rows: Tensor) -> None:
+        """Zeros in [B, T, ...] where no run is: what nobody writes, and nobody reads but as a number."""
+        for row in range(len(rows)):
+            rows[row, self._ends.get(row, 0) :] = 0
 
     def mask(self, run: Run, window: int | None, like: Tensor) -> Tensor | None:
         """float[q, k], 0 or -inf, for a run that does not see plainly all before it; None: it does.
@@ -106,7 +114,8 @@ class _Attend(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float, window: int | None
     ) -> Tensor:
         batch, heads, length, size = query.shape
-        out = query.new_zeros(batch, length, heads, size)  # the tail of a row, which nobody reads, stays 0
+        out = query.new_empty(batch, length, heads, size)
+        runs.clear_tails(out)
         sums = []
         for run in runs.runs:
             mask = runs.mask(run, window, query)
@@ -128,7 +137,9 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, *sums = ctx.saved_tensors
-        grads = [torch.zeros_like(value) for value in (query, key, value)]
+        grads = [torch.empty_like(value) for value in (query, key, value)]
+        for whole in grads:
+            ctx.runs.clear_tails(whole.transpose(1, 2))
         for run, logsumexp in zip(ctx.runs.runs, sums, strict=True):
             mask = ctx.runs.mask(run, ctx.window, query)
             here = slice(run.start, run.end)
@@ -146,8 +157,9 @@ class _Attend(torch.autograd.Function):
             )
             grads[0][run.row, :, here] = of_query[0]
             for whole, part in ((grads[1], of_key[0]), (grads[2], of_value[0])):
+                whole[run.row, :, here] = part[:, run.depth :]
                 at = 0
-                for start, end in (*run.path, (run.start, run.end)):
+                for start, end in run.path:  # written before, by the run that they stand in
                     whole[run.row, :, start:end] += part[:, at : at + end - start]
                     at += end - start
         return (*grads, None, None, None)
