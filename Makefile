@@ -34,8 +34,11 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Kilter beside TRL: OMP threads and cores are the benchmark's own affair.
 bench: setup
-	$(BIN)/python bench/trunk.py
+	$(BIN)/python bench/preferences.py --method dpo
+	$(BIN)/python bench/preferences.py --method sft
+	$(BIN)/python bench/preferences.py --method reward
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

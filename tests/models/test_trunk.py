@@ -14,6 +14,7 @@ from kilter.errors import ModelError
 from kilter.models import heads
 from kilter.models.attention import attention_kinds
 from kilter.models.build import policy_trunk, ppo_trunk, reward_trunk
+from kilter.models.roles import Lora
 from kilter.models.trunk import Trunk, decoder
 from kilter.tree import Batch, Group, Response, empty_batch, make_batch, make_tree, unroll
 
@@ -189,6 +190,52 @@ def test_bfloat16_compute_keeps_float32_gradients(family: str) -> None:
     rough_whole = torch.cat([grad.flatten() for grad in rough_grads.values()])
     assert rough_whole.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(whole, rough_whole, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])
+def test_copies_in_bfloat16_are_functions_of_the_weights(family: str) -> None:
+    """Plain, checkpointed and with an adapter: the forward sees bfloat16 weights, the gradient reaches float32 ones."""
+    batch = two_rows()
+    found = []
+    for checkpointing in (False, True):
+        trunk = policy_trunk(trained_model(family), compute_dtype=torch.bfloat16)
+        trunk.set_checkpointing(checkpointing)
+        names = [name for name, _ in trunk.named_parameters()]
+        seen: list[torch.dtype] = []
+        inner = decoder(trunk.models["policy"])
+        inner.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out.last_hidden_state.dtype))
+        with trunk.lowered():
+            assert not any(True for _ in trunk.models.parameters())
+            mixed_loss(trunk, batch).backward()
+        assert set(seen) == {torch.bfloat16}
+        assert [name for name, _ in trunk.named_parameters()] == names
+        grads = {name: parameter.grad for name, parameter in trunk.named_parameters()}
+        assert all(grad is None or grad.dtype == torch.float32 for grad in grads.values())
+        found.append(grads)
+    for name, grad in found[0].items():
+        assert (grad is None) == (found[1][name] is None)
+        if grad is not None:
+            torch.testing.assert_close(found[1][name], grad, msg=name)
+
+
+def test_copies_are_gone_after_a_fault() -> None:
+    trunk = policy_trunk(
+        trained_model("llama"),
+        lora=Lora(2),
+        generator=torch.Generator().manual_seed(0),
+        compute_dtype=torch.bfloat16,
+    )
+    before = {name: id(parameter) for name, parameter in trunk.named_parameters()}
+    with pytest.raises(ZeroDivisionError), trunk.lowered():
+        raise ZeroDivisionError
+    assert {name: id(parameter) for name, parameter in trunk.named_parameters()} == before
+    batch = two_rows()
+    with trunk.lowered():
+        inside = trunk(batch.tree, {"policy": "logprobs"})["policy"]
+    assert torch.equal(inside, trunk(batch.tree, {"policy": "logprobs"})["policy"])
+    trunk.compute_dtype = None
+    exact = trunk(batch.tree, {"policy": "logprobs"})["policy"]
+    assert not torch.equal(inside, exact) and (inside - exact).abs().max() < 0.5
 
 
 def test_what_is_not_there_is_refused() -> None:

@@ -23,7 +23,7 @@ from kilter.train.checks import (
     check_signs,
     require,
 )
-from kilter.train.sources import with_reference
+from kilter.train.reference import with_reference
 from kilter.tree import Batch, Group, Response, make_batches
 
 BOS, END = 1, 2

@@ -32,7 +32,8 @@ from kilter.train.checkpoint import CheckpointStore
 from kilter.train.loop import TrainState, fit, measure, train_step
 from kilter.train.optimizer import make_optimizer
 from kilter.train.preferences import Term
-from kilter.train.sources import GroupSource, with_mismatched, with_reference
+from kilter.train.reference import with_reference
+from kilter.train.sources import GroupSource, with_mismatched
 from kilter.tree import Batch, Group, make_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

@@ -11,7 +11,7 @@ from kilter.train import objectives, preferences
 from kilter.train.checkpoint import CheckpointStore
 from kilter.train.loop import TrainState, train_step
 from kilter.train.optimizer import make_optimizer
-from kilter.train.sources import with_reference
+from kilter.train.reference import with_reference
 from kilter.tree import make_batches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

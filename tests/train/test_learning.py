@@ -14,7 +14,8 @@ from kilter.models.trunk import Trunk
 from kilter.train import objectives, preferences
 from kilter.train.loop import TrainState, fit, measure
 from kilter.train.optimizer import make_optimizer
-from kilter.train.sources import GroupSource, with_reference
+from kilter.train.reference import with_reference
+from kilter.train.sources import GroupSource
 from kilter.tree import Batch, Group, Response, make_batch, make_batches
 
 TOKEN = 7

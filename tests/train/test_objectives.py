@@ -13,7 +13,7 @@ from kilter.errors import CheckError
 from kilter.train import objectives, preferences
 from kilter.train.loop import measure
 from kilter.train.objectives import Objective
-from kilter.train.sources import with_reference
+from kilter.train.reference import with_reference
 from kilter.tree import make_batches
 
 

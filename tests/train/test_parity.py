@@ -27,7 +27,8 @@ from kilter.records import Demonstration, Message, PreferencePair, Record, Unpai
 from kilter.train import objectives, preferences
 from kilter.train.objectives import Objective, prepared
 from kilter.train.preferences import Term
-from kilter.train.sources import groups_of, with_reference
+from kilter.train.reference import with_reference
+from kilter.train.sources import groups_of
 from kilter.tree import Group, Response, make_batches
 
 trl = pytest.importorskip("trl")

@@ -25,7 +25,8 @@ from kilter.losses import (
 from kilter.train import preferences
 from kilter.train.loop import measure
 from kilter.train.preferences import Term
-from kilter.train.sources import with_mismatched, with_reference
+from kilter.train.reference import with_reference
+from kilter.train.sources import with_mismatched
 from kilter.tree import Batch, Group, Response, TokenTree, make_batches
 
 

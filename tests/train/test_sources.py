@@ -22,7 +22,8 @@ from kilter.records import (
     Record,
     UnpairedFeedback,
 )
-from kilter.train.sources import GroupSource, Pool, groups_of, with_mismatched, with_reference
+from kilter.train.reference import with_reference
+from kilter.train.sources import GroupSource, Pool, groups_of, with_mismatched
 from kilter.tree import Batch, Group, Response, make_batch, scored
 
 BOS, END, USER, ANSWER = 1, 2, 3, 4

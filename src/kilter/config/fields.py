@@ -120,7 +120,8 @@ class Precision(Model):
     """Number formats."""
 
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Format of the forward pass; weights, gradients and losses stay float32."""
+    """Format of the forward pass, on copies of the weights; weights, gradients and losses stay float32. `bfloat16` is
+    float32 on a processor that has no instructions for it."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
 

@@ -105,6 +105,9 @@ class PreferStage(Stage):
     reference: str = ""
     """Frozen model to measure from: a folder, a hub name or an earlier stage; empty: the policy as it starts;
     `none`: its log-probs count as 0."""
+    reference_cache: bool = True
+    """Keep the reference's log-probs on disk for the next run, by weights and tokens, in KILTER_CACHE or the user's
+    cache folder; what is read is verified."""
     snapshots: Annotated[int, Field(ge=0)] = 0
     """Keep so many policies along the way, evenly spaced, for the picture of reward against KL."""
     epochs: Annotated[float, Field(gt=0)] = 1.0

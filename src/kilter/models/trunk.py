@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kilter.errors import ModelError
 from kilter.models.attention import (
@@ -40,7 +41,8 @@ class Trunk(nn.Module):
         models: Hugging Face decoders by name, with or without a language head.
         roles: role -> where its numbers come from.
         heads: scalar heads by name.
-        compute_dtype: run the decoders in this type under autocast, with parameters and gradients as they are.
+        compute_dtype: run the decoders in this type, on copies of the weights (`lowered`); parameters, gradients,
+            log-softmax and scalar heads stay float32. None: in the type of the weights.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Trunk(nn.Module):
         self.compute_dtype = compute_dtype
         self.layout: Literal["packed", "unrolled"] = "packed"
         self.dense_up_to = DENSE_UP_TO
+        self._low = False
         self._switches: dict[str, AdapterSwitch] = {}
         for name, model in models.items():
             self.add_model(name, model)
@@ -94,6 +97,10 @@ class Trunk(nn.Module):
         Returns:
             By role, float32: logprobs [N] in nats, token_stats [N, 3], values [N], rewards [R].
         """
+        with self.lowered():
+            return self._answers(tree, ask)
+
+    def _answers(self, tree: TokenTree, ask: Mapping[str, str]) -> dict[str, Tensor]:
         runs: dict[tuple[str, str | None], list[str]] = {}
         for name, want in ask.items():
             role = self._role(name, want)
@@ -145,7 +152,7 @@ class Trunk(nn.Module):
         elif self.layout == "packed":
             kinds = attention_kinds(model)
             assert isinstance(kinds, AttentionKinds), kinds
-            dtype = self.compute_dtype or next(model.parameters()).dtype
+            dtype = self.compute_dtype or model.dtype
             key = (tuple(kinds.windows.items()), kinds.additive, dtype)
             if key not in masks:
                 masks[key] = tree_masks(tree, kinds, dtype)
@@ -163,8 +170,38 @@ class Trunk(nn.Module):
         wide = tree.tokens.shape[1] > self.dense_up_to
         return isinstance(kinds, AttentionKinds) and kinds.segments and wide and tree.tokens.device.type == "cpu"
 
+    @contextmanager
+    def lowered(self) -> Iterator[None]:
+        """Around a step's forwards and their backwards: the models hold copies of their weights in `compute_dtype`.
+
+        A copy is made once and is a function of its float32 weight, which gets its gradient through it, in float32.
+        Faster than autocast, which casts activations back and forth. Sharded weights are left to autocast.
+
+        A forward of its own does this by itself; with checkpointing the backward has to stand inside too.
+        """
+        if self.compute_dtype is None or self._low or any(isinstance(p, DTensor) for p in self.models.parameters()):
+            yield
+            return
+        copies = {id(p): p.to(self.compute_dtype) for p in self.models.parameters() if p.is_floating_point()}
+        held = [(module, dict(module._parameters)) for module in self.models.modules() if module._parameters]
+        try:
+            self._low = True
+            for module, own in held:
+                for name, parameter in own.items():
+                    if id(parameter) in copies:
+                        del module._parameters[name]
+                        module.__dict__[name] = copies[id(parameter)]
+            yield
+        finally:
+            self._low = False
+            for module, own in held:
+                for name in own:
+                    module.__dict__.pop(name, None)
+                module._parameters = own
+
     def _autocast(self, device: torch.device) -> Any:
-        return nullcontext() if self.compute_dtype is None else torch.autocast(device.type, self.compute_dtype)
+        needed = self.compute_dtype is not None and not self._low
+        return torch.autocast(device.type, self.compute_dtype) if needed else nullcontext()
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[Any]:

@@ -32,7 +32,8 @@ from kilter.train.checks import (
     check_scored,
     check_signs,
 )
-from kilter.train.sources import groups_of, with_reference
+from kilter.train.reference import with_reference
+from kilter.train.sources import groups_of
 from kilter.tree import Group, Response, make_batches
 
 EXAMINED = 64  # records: enough to see a template at work, quick on any model

@@ -23,7 +23,7 @@ from kilter.rollout.collect import Rollout, collect
 from kilter.stages.collect import sampling_of
 from kilter.stages.context import Context
 from kilter.stages.reinforce import scorer_of
-from kilter.train.sources import with_reference
+from kilter.train.reference import with_reference
 from kilter.tree import Group, Response
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ from kilter.train.checks import check_policy_is_reference, require
 from kilter.train.loop import measure
 from kilter.train.objectives import reward_model, sft
 from kilter.train.preferences import Comparison, Term, Thumbs, mixture
-from kilter.train.sources import Pool, with_mismatched, with_reference
+from kilter.train.reference import default_folder, with_reference
+from kilter.train.sources import Pool, with_mismatched
 from kilter.tree import Group, make_batches
 
 Figures = dict[str, Any]
@@ -161,9 +163,8 @@ def run_prefer(context: Context, stage: PreferStage) -> Figures:
     gap = check_trunk(context, trunk, "policy", learned, stage.precision)
     pad_id = equipment.encoder.pad_id
     if objective.needs_reference:
-        context.watch.say("  log-probs of the reference")
-        learned = with_reference(trunk, learned, pad_id=pad_id)
-        held = with_reference(trunk, held, pad_id=pad_id) if held else held
+        learned = _with_reference(context, trunk, learned, stage, pad_id)
+        held = _with_reference(context, trunk, held, stage, pad_id) if held else held
         if not other and isinstance(objective, Comparison):
             first = make_batches(learned[:32], row_tokens=512, batch_tokens=8192, pad_id=pad_id)
             require(*check_policy_is_reference(trunk, first, tolerance=tolerance(stage.precision)))
@@ -183,6 +184,23 @@ def run_prefer(context: Context, stage: PreferStage) -> Figures:
     )
     save_causal_lm(trunk, "policy", context.folder.result, equipment.template())
     return {"both_ways_gap": gap, "steps": source.num_steps, **_held_out(evaluate, trunk)}
+
+
+def _with_reference(
+    context: Context, trunk: Trunk, groups: Sequence[Group], stage: PreferStage, pad_id: int
+) -> list[Group]:
+    """Log-probs of the reference, computed or read; says how long it took."""
+    begun = time.perf_counter()
+    context.watch.begin(f"{context.name}: reference", len(groups))
+    held = with_reference(
+        trunk,
+        groups,
+        pad_id=pad_id,
+        cache=default_folder() if stage.reference_cache else None,
+        progress=lambda done, _: context.watch.step(done),
+    )
+    context.watch.say(f"  log-probs of the reference for {len(groups)} prompts: {time.perf_counter() - begun:.1f} s")
+    return held
 
 
 def _kind_of(objective: Comparison | Thumbs) -> str:

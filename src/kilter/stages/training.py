@@ -74,13 +74,19 @@ def lora_of(config: LoraConfig) -> Lora | None:
 
 
 def compute_dtype(precision: Precision) -> torch.dtype | None:
-    """The type of the forward pass; None: that of the weights."""
-    return None if precision.compute == "float32" else DTYPES[precision.compute]
+    """The type of the forward pass; None: that of the weights, as on a processor without bfloat16 instructions."""
+    return DTYPES[precision.compute] if precision.compute != "float32" and multiplies_in_bfloat16() else None
+
+
+def multiplies_in_bfloat16() -> bool:
+    """Whether this machine gains by bfloat16: a GPU, or a processor with instructions for it; others emulate it."""
+    known = torch.cpu.get_capabilities()
+    return torch.cuda.is_available() or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def tolerance(precision: Precision) -> float:
     """Nats by which two forwards of the same weights may differ."""
-    return TOLERANCE if precision.compute == "float32" else LOW_PRECISION_TOLERANCE
+    return TOLERANCE if compute_dtype(precision) is None else LOW_PRECISION_TOLERANCE
 
 
 def check_tokens(equipment: Equipment, groups: Sequence[Group], *, ends: bool = True) -> None:

@@ -58,6 +58,12 @@ def unwrap(trunk: nn.Module) -> nn.Module:
     return trunk.module if isinstance(trunk, DistributedDataParallel) else trunk
 
 
+def lowered(trunk: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """`Trunk.lowered` of a trunk that may be wrapped; nothing for any other module."""
+    plain = unwrap(trunk)
+    return plain.lowered() if isinstance(plain, Trunk) else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def exchange(trunk: nn.Module, *, last: bool) -> Iterator[None]:
     """Around one micro-batch: gradients are exchanged at the step's last one only."""

@@ -107,16 +107,17 @@ def train_step(
     device = distributed.device_of(state.trunk)
     state.trunk.train()
     local = [batch.to(device) for batch in distributed.level(batches, device)]
-    local = list(prepared(objective, state.trunk, local))
-    units = distributed.total_units(local, device)
     sums = _Sums(device)
     state.optimizer.zero_grad(set_to_none=True)
-    for place, batch in enumerate(local):
-        with distributed.exchange(state.trunk, last=place == len(local) - 1):
-            out = objective(state.trunk, batch)
-            # DDP and FSDP2 average over processes; the gradient is a sum over them.
-            (_loss(out, units, state.step) * distributed.world_size()).backward()  # type: ignore[no-untyped-call]
-        sums.add(out, units)
+    with distributed.lowered(state.trunk):
+        local = list(prepared(objective, state.trunk, local))
+        units = distributed.total_units(local, device)
+        for place, batch in enumerate(local):
+            with distributed.exchange(state.trunk, last=place == len(local) - 1):
+                out = objective(state.trunk, batch)
+                # DDP and FSDP2 average over processes; the gradient is a sum over them.
+                (_loss(out, units, state.step) * distributed.world_size()).backward()  # type: ignore[no-untyped-call]
+            sums.add(out, units)
     gradients = [p.grad for p in trained_parameters(state.optimizer).values() if p.grad is not None]
     grad_norm = whole(get_total_norm(gradients))
     means, (norm,) = sums.means(grad_norm)
@@ -168,11 +169,12 @@ def measure(trunk: nn.Module, objective: Objective, batches: Sequence[Batch]) ->
     training = trunk.training
     trunk.eval()
     local = [batch.to(device) for batch in distributed.level(batches, device)]
-    local = list(prepared(objective, trunk, local))
-    units = distributed.total_units(local, device)
     sums = _Sums(device)
-    for batch in local:
-        sums.add(objective(trunk, batch), units)
+    with distributed.lowered(trunk):
+        local = list(prepared(objective, trunk, local))
+        units = distributed.total_units(local, device)
+        for batch in local:
+            sums.add(objective(trunk, batch), units)
     trunk.train(training)
     means, _ = sums.means()
     return finished(objective, means | {"loss": _total(means)})

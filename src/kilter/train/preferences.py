@@ -110,7 +110,7 @@ def _read(trunk: nn.Module, batch: Batch, terms: Sequence[Term], role: str, refe
     elif num_responses and not reference_free and any(term.loss.needs_reference for term in terms):
         raise CheckError(
             f"batch: no ref_logprobs, which {', '.join(repr(term.name) for term in terms)} needs; give the groups to "
-            "`sources.with_reference` first"
+            "`reference.with_reference` first"
         )
     return _Read(
         logprobs,

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import nn
 
 from kilter.data.chat import Encoded
 from kilter.errors import DataError
@@ -25,7 +23,7 @@ from kilter.records import (
     UnpairedFeedback,
 )
 from kilter.train import distributed
-from kilter.tree import Batch, Group, Response, make_batches, split_by_response
+from kilter.tree import Batch, Group, Response, make_batches
 
 OverLong = Literal["drop", "cut_prompt", "error"]
 Score = Literal["responses", "all"]
@@ -322,43 +320,6 @@ def _schedule(weights: Sequence[float], total: int) -> tuple[np.ndarray, np.ndar
     return pool[order], within[order]
 
 
-@torch.no_grad()
-def with_reference(
-    trunk: nn.Module,
-    groups: Sequence[Group],
-    *,
-    role: str = "reference",
-    row_tokens: int = 192,
-    batch_tokens: int = 8192,
-    pad_id: int = 0,
-    name: str = "ref_logprobs",
-) -> list[Group]:
-    """The same groups with the log-probs of their scored tokens under `role`, as `per_token[name]`.
-
-    Computed once, packed, in eval mode: for the loop the reference is data. The packing depends on the groups alone, so
-    a resumed run gets the same bits.
-    """
-    marked = _numbered(groups)
-    held: dict[int, torch.Tensor] = {}
-    training, device = trunk.training, distributed.device_of(trunk)
-    trunk.eval()
-    for batch in make_batches(marked, row_tokens=row_tokens, batch_tokens=batch_tokens, pad_id=pad_id):
-        numbers = batch.extras[_NUMBER].long().tolist()
-        on_device = batch.to(device)
-        logprobs = trunk(on_device.tree, {role: "logprobs"})[role].float().cpu()
-        held |= dict(zip(numbers, split_by_response(logprobs, batch.tree.leaf, len(numbers)), strict=True))
-    trunk.train(training)
-    found = []
-    number = 0
-    for group in groups:
-        responses = []
-        for response in group.responses:
-            responses.append(replace(response, per_token={**response.per_token, name: held[number]}))
-            number += 1
-        found.append(replace(group, responses=tuple(responses)))
-    return found
-
-
 def with_mismatched(groups: Sequence[Group], *, seed: int = 0) -> list[Group]:
     """Each group of one response with a second one, marked `mismatched`: the response of another prompt.
 
@@ -383,20 +344,4 @@ def with_mismatched(groups: Sequence[Group], *, seed: int = 0) -> list[Group]:
                 replace(borrowed, per_response={**own.per_response, "mismatched": 1.0}),
             ),
         )
-    return found
-
-
-_NUMBER = "number"
-
-
-def _numbered(groups: Sequence[Group]) -> list[Group]:
-    """The groups with nothing on their responses but a number, counted through all of them."""
-    found = []
-    number = 0
-    for group in groups:
-        responses = []
-        for response in group.responses:
-            responses.append(replace(response, per_token={}, per_response={_NUMBER: float(number)}))
-            number += 1
-        found.append(replace(group, responses=tuple(responses)))
     return found
