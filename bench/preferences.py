@@ -205,7 +205,7 @@ def kilter_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], 
     trunk.train_only(*objective.roles)
     state = TrainState(trunk, make_optimizer(trunk, objective.roles, learning_rate=1e-6))
     steps = [groups_of(rows[at : at + per_step]) for at in range(0, len(rows), per_step)]
-    budget = {"row_tokens": 4096, "batch_tokens": 4096}
+    budget = {"row_tokens": 1024, "batch_tokens": 1024}
     needs_reference = method in ("dpo", "kto")
     if needs_reference and way == "kilter":
         steps = [with_reference(trunk, groups, **budget) for groups in steps]

@@ -8,6 +8,7 @@ shifts or masks anything.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -245,8 +246,9 @@ def empty_batch(like: Batch | None = None) -> Batch:
 def make_batches(groups: Sequence[Group], *, row_tokens: int, batch_tokens: int, pad_id: int = 0) -> list[Batch]:
     """Packs whole groups into rows and rows into micro-batches; the same groups always give the same batches.
 
-    Rows are filled longest group first, each group into the fullest row that still has room for it; then rows, longest
-    first, go into micro-batches. What is learned does not depend on any of it.
+    Rows are filled longest group first, each group into the fullest row that still has room for it; wide ones are made
+    about equally long, since the shorter of a micro-batch pay for the longest. Then rows, longest first, go into
+    micro-batches. What is learned does not depend on any of it.
 
     Args:
         row_tokens: T of a row, at most; a group that is longer gets a row of its own length.
@@ -256,7 +258,7 @@ def make_batches(groups: Sequence[Group], *, row_tokens: int, batch_tokens: int,
     """
     if not groups:
         return [empty_batch()]
-    rows = _pack([size(group) for group in groups], row_tokens)
+    rows = _evened([size(group) for group in groups], row_tokens)
     batches: list[Batch] = []
     at = 0
     while at < len(rows):
@@ -265,6 +267,22 @@ def make_batches(groups: Sequence[Group], *, row_tokens: int, batch_tokens: int,
         batches.append(make_batch([[groups[i] for i in row] for row in rows[at : at + height]], pad_id))
         at += height
     return batches
+
+
+EVENED_FROM = 256
+"""Rows up to this wide are many, and their tails are short."""
+
+
+def _evened(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """`_pack`, with the smallest of a few budgets that gives no more rows."""
+    rows = _pack(sizes, budget)
+    if budget > EVENED_FROM and len(rows) > 1:
+        mean = sum(sizes) / len(rows)
+        for slack in (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5):
+            tighter = _pack(sizes, min(budget, math.ceil(slack * mean)))
+            if len(tighter) <= len(rows):
+                return tighter
+    return rows
 
 
 def _pack(sizes: Sequence[int], budget: int) -> list[list[int]]:

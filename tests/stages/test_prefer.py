@@ -13,10 +13,17 @@ import small
 import kilter
 from kilter import data, world
 from kilter.config import parse
+from kilter.data.chat import ChatEncoder
 from kilter.errors import ConfigError
+from kilter.models.build import policy_trunk
+from kilter.models.load import load_tokenizer
 from kilter.records import PreferencePair, Ranking
 from kilter.rundir import read_jsonl
 from kilter.stages import check_losses
+from kilter.stages.heaviest import pair_weights
+from kilter.train.preferences import preference
+from kilter.train.reference import with_reference
+from kilter.train.sources import groups_of
 
 BASE = "kilter.world:MODEL_PATH"
 
@@ -141,3 +148,42 @@ def test_unusual_options_are_said(pairs: Path) -> None:
         "stages.a: loss.beta is 3; usual for 'dpo' is 0.03 to 0.5",
         "stages.a: loss.nll_coef is 9; usual for 'rpo' is 0 to 2",
     ]
+
+
+def test_pairs_with_flipped_labels_are_among_the_heaviest(tmp_path: Path) -> None:
+    """One label in six is flipped; the trained policy is most against those."""
+    prompts = world.prompts(split="train", per_kind=6)
+    rows, flipped = [], set()
+    for place, prompt in enumerate(prompts):
+        answers = [world.oracle(prompt), f"Yes, you are so right about number {place}."]
+        if place % 6 == 5:
+            answers.reverse()
+            flipped.add(answers[0])
+        rows.append(PreferencePair(prompt=prompt.prompt, chosen=answers[0], rejected=answers[1]))
+    data.write(tmp_path / "pairs.jsonl", rows)
+    values = stage(tmp_path / "pairs.jsonl", epochs=6, held_out=0.0, heaviest=8)
+    values["optim"] = values["optim"] | {"batch_size": 8}
+    out = run(tmp_path / "run", dpo=values)
+    listed = read_jsonl(out / "stages" / "01-dpo" / "heaviest.jsonl")
+    assert len(listed) == 8 and [row["weight"] for row in listed] == sorted((r["weight"] for r in listed), reverse=True)
+    assert sum(row["chosen"] in flipped for row in listed) >= 6, listed
+    assert all(row["weight"] == pytest.approx(1 / (1 + 2.718281828459045 ** row["margin"])) for row in listed)
+    assert listed[0]["prompt"] and listed[0]["rejected"]
+    done = json.loads((out / "stages" / "01-dpo" / "done.json").read_text())
+    assert sum(done["pair_weights/histogram"]) == len(rows) and 0 < done["pair_weights/mean"] < 0.5
+    off = run(tmp_path / "off", dpo=values | {"heaviest": 0})
+    assert not (off / "stages" / "01-dpo" / "heaviest.jsonl").exists()
+
+
+def test_weights_do_not_depend_on_packing(pairs: Path) -> None:
+    trunk = policy_trunk(world.MODEL_PATH, reference=True)
+    encoder = ChatEncoder(load_tokenizer(world.MODEL_PATH))
+    groups = groups_of(encoder, data.read(pairs, record="ranking").records, max_tokens=200).groups[:9]
+    groups = with_reference(trunk, groups)
+    objective = preference("dpo", reference_free=True)
+    one, other = (
+        pair_weights(trunk, objective, groups, row_tokens=tokens, batch_tokens=tokens)  # type: ignore[arg-type]
+        for tokens in (2000, 40)
+    )
+    assert [row[2:] for row in one] == [row[2:] for row in other] == [(place, 0, 1) for place in range(9)]
+    assert [row[1] for row in one] == pytest.approx([row[1] for row in other], abs=1e-4)

@@ -61,6 +61,9 @@ def test_dpo_by_hand() -> None:
             "rewards/accuracy": 0.5,
             "logps/chosen": (-3 - 5) / 2,
             "logps/rejected": (-0.5 - 4) / 2,
+            "displacement/chosen": (1 - 2) / 2,
+            "displacement/rejected": (0.5 - 1) / 2,
+            "pairs/weight": (1 / (1 + math.exp(first)) + 1 / (1 + math.exp(second))) / 2,
         },
         abs=1e-6,
     )
@@ -74,6 +77,9 @@ def test_a_tied_pair_counts_half_in_each_direction_and_in_no_figure() -> None:
     assert out.terms["dpo"][0].item() == pytest.approx(expected, abs=1e-6)
     assert figures(out)["rewards/margin"] == pytest.approx(0.25)
     assert figures(out)["rewards/accuracy"] == 1.0
+    assert figures(out)["pairs/weight"] == pytest.approx(1 / (1 + math.exp(0.25)))
+    better, worse, margin = preferences.preference("dpo", {"beta": 0.5}).margins(Scripted(policy=PAIR_LOGPROBS), batch)
+    assert (better.tolist(), worse.tolist()) == ([0], [1]) and margin.tolist() == pytest.approx([0.25])
 
 
 def test_equal_rewards_are_half_right() -> None:

@@ -218,3 +218,16 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
         make_batch([[Group((3,), (Response((4, 5), per_token={"a": torch.zeros(1)}),))]])
     with pytest.raises(DataError, match="index"):
         make_batch([[Group((3,), (Response((4,), per_response={"index": 1}), Response((5,))))]])
+
+
+def test_wide_rows_are_about_equally_long() -> None:
+    """21 groups of 100 tokens in rows of at most 2,000: two rows of 1,000 and 1,100, not of 2,000 and 100."""
+    groups = [Group((1,) * 60, (Response((2,) * 40),)) for _ in range(21)]
+    (batch,) = make_batches(groups, row_tokens=2000, batch_tokens=10_000)
+    assert batch.tree.tokens.shape == (2, 1100)
+    (narrow,) = make_batches(groups, row_tokens=200, batch_tokens=10_000)
+    assert narrow.tree.tokens.shape == (11, 200)
+    uneven = [Group((1,) * length, (Response((2,)),)) for length in (900, 500, 450, 80, 40, 20)]
+    rows = make_batches(uneven, row_tokens=1000, batch_tokens=1)
+    assert sorted(batch.units["prompts"] for batch in rows) == [1, 1, 4]  # 901; 451; 501, 81, 41 and 21
+    assert max(batch.tree.tokens.shape[1] for batch in rows) <= 1000

@@ -105,6 +105,9 @@ class PreferStage(Stage):
     reference: str = ""
     """Frozen model to measure from: a folder, a hub name or an earlier stage; empty: the policy as it starts;
     `none`: its log-probs count as 0."""
+    heaviest: Annotated[int, Field(ge=0)] = 50
+    """List so many of the training pairs that the trained policy still orders most wrongly, `heaviest.jsonl`: the first
+    to look at for wrong labels; 0: none, and no pass over the data for it."""
     reference_cache: bool = True
     """Keep the reference's log-probs on disk for the next run, by weights and tokens, in KILTER_CACHE or the user's
     cache folder; what is read is verified."""

@@ -24,6 +24,7 @@ from kilter.records import PreferencePair, Ranking, Record, Sample, Scorer
 from kilter.scorers.check import check_scorer
 from kilter.scorers.reward_model import RewardModelScorer
 from kilter.stages.context import Context
+from kilter.stages.heaviest import write_heaviest
 from kilter.stages.snapshots import Snapshots, snapshot_places
 from kilter.stages.training import (
     Equipment,
@@ -144,7 +145,8 @@ def run_prefer(context: Context, stage: PreferStage) -> Figures:
     """Any preference loss or a mixture of them; the policy as it starts is the reference, unless another is named."""
     objective = objective_of(stage)
     equipment = equip(context, stage.model)
-    learned, held = _split(context, equipment, context.records("data", stage.data, _kind_of(objective)), stage)
+    records = context.records("data", stage.data, _kind_of(objective))
+    learned, held = _split(context, equipment, records, stage)
     if isinstance(objective, Thumbs) and objective.needs_mismatched:
         learned = with_mismatched(learned, seed=context.seed("mismatched"))
         held = with_mismatched(held, seed=context.seed("mismatched")) if held else held
@@ -183,7 +185,10 @@ def run_prefer(context: Context, stage: PreferStage) -> Figures:
         on_step=lambda step, _figures: snapshots.look(step),
     )
     save_causal_lm(trunk, "policy", context.folder.result, equipment.template())
-    return {"both_ways_gap": gap, "steps": source.num_steps, **_held_out(evaluate, trunk)}
+    found = {"both_ways_gap": gap, "steps": source.num_steps, **_held_out(evaluate, trunk)}
+    if isinstance(objective, Comparison) and stage.heaviest:
+        found |= write_heaviest(context, trunk, objective, learned, stage, equipment)
+    return found
 
 
 def _with_reference(

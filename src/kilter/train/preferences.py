@@ -225,14 +225,31 @@ class Comparison:
             else:
                 losses = term(_pair_inputs(term.loss, batch, pairs, read, divisor)) * pairs.share
             terms[term.name] = (term.weight * losses.sum(), term.loss.unit)
+        rewards = self._rewards(read)
+        better, worse, ordered = pairs.better[: len(pairs.ordered)], pairs.worse[: len(pairs.ordered)], pairs.ordered
+        metrics = side_by_side("rewards", rewards[better], rewards[worse], ordered)
+        metrics["pairs/weight"] = (summed(torch.sigmoid(rewards[worse] - rewards[better]) * ordered), ordered.sum())
+        shown = {"logps": read.logps.detach()}
+        if self.needs_reference:
+            shown["displacement"] = (read.logps - read.ref_logps).detach()
+        for name, values in shown.items():
+            sides = side_by_side(name, values[better], values[worse], ordered)
+            metrics |= {key: sides[key] for key in (f"{name}/chosen", f"{name}/rejected")}
+        return LossOutput(terms, metrics)
+
+    def _rewards(self, read: _Read) -> Tensor:
+        """float[R], the implicit reward of the first loss."""
         first = self.terms[0]
         divisor = read.tokens if first.loss.length_normalized else torch.ones_like(read.tokens)
-        rewards = first.beta * ((read.logps - read.ref_logps) / divisor).detach()
-        better, worse = pairs.better[: len(pairs.ordered)], pairs.worse[: len(pairs.ordered)]
-        metrics = side_by_side("rewards", rewards[better], rewards[worse], pairs.ordered)
-        sides = side_by_side("logps", read.logps.detach()[better], read.logps.detach()[worse], pairs.ordered)
-        metrics |= {key: sides[key] for key in ("logps/chosen", "logps/rejected")}
-        return LossOutput(terms, metrics)
+        return first.beta * ((read.logps - read.ref_logps) / divisor).detach()
+
+    @torch.no_grad()
+    def margins(self, trunk: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(better, worse, by how much the implicit reward of the better one leads) of every pair that is no tie."""
+        pairs, rewards = _pairs(batch), self._rewards(self._read(trunk, batch))
+        untied = pairs.ordered > 0
+        better, worse = (side[: len(untied)][untied] for side in (pairs.better, pairs.worse))
+        return better, worse, rewards[better] - rewards[worse]
 
 
 def _with_chosen_tokens(batch: Batch) -> Batch:
