@@ -190,8 +190,8 @@ def bind(name: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
                 raise ValueError(f"loss.{key} is {value!r}; {name!r} takes a number {allowed}")
         elif value not in allowed:
             raise ValueError(f"loss.{key} is {value!r}; choose one of {', '.join(allowed)}")
-    example = {"group": torch.zeros(1, dtype=torch.int64)}
     number = torch.full((1,), -1.0)  # same with any log-prob: only shapes are tried
+    example = {"group": torch.zeros_like(number, dtype=torch.int64)}
     loss.fn(*[example.get(given, number) for given in loss.inputs], **options)
 
     def bound(*inputs: Tensor) -> Tensor:
