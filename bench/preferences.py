@@ -310,8 +310,9 @@ def trl_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], per
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16."""
-    return bool(re.search(r"avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()))
+    from kilter.stages.training import processor_multiplies_in_bfloat16
+
+    return processor_multiplies_in_bfloat16()
 
 
 # One worker a way, and who asks them in turn -------------------------------------------------------------------------

@@ -91,6 +91,20 @@ def scored(response: Response) -> int:
     return sum(end - start for start, end in response.spans)
 
 
+def numbered(groups: Sequence[Group], name: str) -> list[Group]:
+    """The groups with each response's number, counted through all of them, as `per_response[name]`: to know it again in
+    a batch, whatever the packing."""
+    found, first = [], 0
+    for group in groups:
+        responses = tuple(
+            replace(response, per_response={**response.per_response, name: float(first + place)})
+            for place, response in enumerate(group.responses)
+        )
+        found.append(replace(group, responses=responses))
+        first += len(responses)
+    return found
+
+
 def size(group: Group) -> int:
     """How many positions of a row a group takes: its prompt once, and all its responses."""
     return len(group.prompt) + sum(len(response.ids) for response in group.responses)

@@ -75,6 +75,7 @@ def ask(**more: Any) -> None:
     [
         ({"dropout": 0.1}, "dropout 0.1"),
         ({"softcap": 30.0}, "softcap 30.0"),
+        ({"is_causal": False}, "not causal"),
         ({"s_aux": torch.zeros(2)}, "s_aux"),
         ({"position_bias": torch.zeros(1)}, "position_bias"),
     ],
@@ -82,7 +83,7 @@ def ask(**more: Any) -> None:
 def test_what_it_does_not_know_is_refused(more: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         ask(**more)
-    ask(position_ids=torch.zeros(1), s_aux=None)
+    ask(position_ids=torch.zeros(1), s_aux=None, is_causal=True)
 
 
 def test_without_runs_it_is_sdpa_to_the_bit() -> None:

@@ -13,7 +13,7 @@ import torch
 from kilter.models.build import policy_trunk
 from kilter.models.roles import Lora
 from kilter.train import reference
-from kilter.train.reference import default_folder, with_reference
+from kilter.train.reference import Cache, default_folder, with_reference
 from kilter.tree import Group, Response
 
 
@@ -34,10 +34,10 @@ def values(groups: list[Group]) -> list[list[float]]:
 
 def test_the_second_time_they_are_read_to_the_bit(make: Any, tmp_path: Path, counted: list[int]) -> None:
     groups, trunk = make.groups(9, k=3), make.trunk()
-    first = with_reference(trunk, groups, cache=tmp_path)
+    first = with_reference(trunk, groups, cache=Cache.of(tmp_path, trunk))
     assert values(first) == values(with_reference(trunk, groups))
     counted.clear()
-    assert values(with_reference(trunk, groups, cache=tmp_path)) == values(first)
+    assert values(with_reference(trunk, groups, cache=Cache.of(tmp_path, trunk))) == values(first)
     assert counted == [reference.VERIFIED]
     assert trunk.training and len(list(tmp_path.iterdir())) == 1
     for name in ("rank", "margin"):
@@ -48,24 +48,24 @@ def test_another_policy_with_the_same_reference_reads_them(make: Any, tmp_path: 
     """The key follows from the reference alone; with LoRA that is the trunk with its adapter off."""
     groups = make.groups(6)
     trunk = policy_trunk(make.llama(1), lora=Lora(2), generator=torch.Generator().manual_seed(0))
-    expected = values(with_reference(trunk, groups, cache=tmp_path))
+    expected = values(with_reference(trunk, groups, cache=Cache.of(tmp_path, trunk)))
     with torch.no_grad():
         for name, parameter in trunk.named_parameters():
             if "lora_" in name:
                 parameter.add_(0.1)
     counted.clear()
-    assert values(with_reference(trunk, groups, cache=tmp_path)) == expected
+    assert values(with_reference(trunk, groups, cache=Cache.of(tmp_path, trunk))) == expected
     plain = policy_trunk(make.llama(1), reference=True)
-    assert values(with_reference(plain, groups, cache=tmp_path)) == expected
+    assert values(with_reference(plain, groups, cache=Cache.of(tmp_path, plain))) == expected
     assert counted == [reference.VERIFIED] * 2
-    of_policy = values(with_reference(trunk, groups, role="policy", cache=tmp_path))
+    of_policy = values(with_reference(trunk, groups, role="policy", cache=Cache.of(tmp_path, trunk, "policy")))
     assert of_policy != expected and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("what", ["weights", "tokens", "spans", "order", "packing", "precision"])
 def test_whatever_they_follow_from_makes_another_key(what: str, make: Any, tmp_path: Path, counted: list[int]) -> None:
     groups, trunk = make.groups(5), make.trunk()
-    with_reference(trunk, groups, cache=tmp_path)
+    with_reference(trunk, groups, cache=Cache.of(tmp_path, trunk))
     budget = {}
     if what == "weights":
         with torch.no_grad():
@@ -82,7 +82,7 @@ def test_whatever_they_follow_from_makes_another_key(what: str, make: Any, tmp_p
     else:
         trunk.compute_dtype = torch.bfloat16
     counted.clear()
-    with_reference(trunk, groups, cache=tmp_path, **budget)
+    with_reference(trunk, groups, cache=Cache.of(tmp_path, trunk), **budget)
     assert counted == [5] and len(list(tmp_path.iterdir())) == 2
 
 
@@ -92,12 +92,14 @@ def test_shards_resume_and_report(
     monkeypatch.setattr(reference, "SHARD", 4)
     groups, trunk = make.groups(10), make.trunk()
     told: list[tuple[int, int]] = []
-    whole = with_reference(trunk, groups, cache=tmp_path, progress=lambda done, of: told.append((done, of)))
+    whole = with_reference(
+        trunk, groups, cache=Cache.of(tmp_path, trunk), progress=lambda done, of: told.append((done, of))
+    )
     assert counted == [4, 4, 2] and told[-1] == (10, 10) and told == sorted(told)
     (newest,) = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_size)[:1]
     newest.unlink()  # as if the run had been stopped before its last shard
     counted.clear()
-    assert values(with_reference(trunk, groups, cache=tmp_path)) == values(whole)
+    assert values(with_reference(trunk, groups, cache=Cache.of(tmp_path, trunk))) == values(whole)
     assert counted == [reference.VERIFIED, reference.VERIFIED, 2]
 
 
@@ -106,7 +108,7 @@ def test_what_is_not_right_is_made_anew_with_a_warning(
     damage: str, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     groups, trunk = make.groups(5), make.trunk()
-    expected = values(with_reference(trunk, groups, cache=tmp_path))
+    expected = values(with_reference(trunk, groups, cache=Cache.of(tmp_path, trunk)))
     (file,) = tmp_path.iterdir()
     held = safetensors.torch.load_file(file)["logprobs"]
     if damage == "cut":
@@ -115,11 +117,11 @@ def test_what_is_not_right_is_made_anew_with_a_warning(
         spoilt = {"wrong": held + 0.01, "short": held[:-1], "nan": held * torch.nan, "other": held}[damage]
         safetensors.torch.save_file({"logprobs" if damage != "other" else "x": spoilt}, file)
     with caplog.at_level(logging.WARNING, logger="kilter"):
-        assert values(with_reference(trunk, groups, cache=tmp_path)) == expected
+        assert values(with_reference(trunk, groups, cache=Cache.of(tmp_path, trunk))) == expected
     (line,) = [record.getMessage() for record in caplog.records]
     assert str(file) in line and "computed anew" in line
     caplog.clear()
-    assert values(with_reference(trunk, groups, cache=tmp_path)) == expected and not caplog.records
+    assert values(with_reference(trunk, groups, cache=Cache.of(tmp_path, trunk))) == expected and not caplog.records
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_no_more(
@@ -127,7 +129,8 @@ def test_a_cache_that_cannot_be_written_is_said_and_no_more(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     with caplog.at_level(logging.WARNING, logger="kilter"):
-        found = with_reference(make.trunk(), make.groups(3), cache=tmp_path / "file" / "cache")
+        trunk = make.trunk()
+        found = with_reference(trunk, make.groups(3), cache=Cache.of(tmp_path / "file" / "cache", trunk))
     assert len(values(found)) == 6 and "could not be kept" in caplog.records[0].getMessage()
     assert (tmp_path / "file").read_text() == "mine"
 

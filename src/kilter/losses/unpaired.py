@@ -67,8 +67,9 @@ def apo_zero_unpaired(
     Returns:
         float[R], no unit. Equal to the reference gives 0.5 times the weight.
     """
-    gain = beta * (logps - ref_logps)
-    return torch.where(desirable > 0, desirable_weight * torch.sigmoid(-gain), undesirable_weight * torch.sigmoid(gain))
+    at_reference = torch.zeros_like(logps)
+    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+    return kto(logps, ref_logps, desirable, at_reference, beta=beta, **weights)
 
 
 @unpaired_loss("bco")

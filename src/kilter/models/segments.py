@@ -24,9 +24,7 @@ from kilter.tree import TokenTree
 
 SEGMENTS = "kilter_segments"
 """The name under which transformers knows it: `config._attn_implementation`."""
-NO_EFFECT = frozenset(
-    {"attention_mask", "position_ids", "use_cache", "cache_position", "output_attentions", "is_causal"}
-)
+NO_EFFECT = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions"})
 """Keywords that decoders hand down to every attention and that change nothing here: the runs say what is seen."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -184,6 +182,7 @@ def attend(
     runs: Runs | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: query [B, H, T, D], key and value [B, H or fewer, T, D] -> [B, T, H, D].
@@ -191,19 +190,21 @@ def attend(
     Below float32 it computes in float32: the kernel is slower in bfloat16 (seen, forward and backward).
 
     Raises:
-        ModelError: dropout, a cap on the scores, or a keyword whose meaning is not known.
+        ModelError: dropout, a cap on the scores, a layer that is not causal, or a keyword whose meaning is not known.
     """
     if runs is None:
         if sliding_window is not None:
             kwargs["sliding_window"] = sliding_window
         found: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return found
-    unknown = sorted(name for name, given in kwargs.items() if name not in NO_EFFECT and given is not None)
-    if dropout or softcap is not None or unknown:
-        what = f"dropout {dropout}" if dropout else f"softcap {softcap}" if softcap is not None else unknown[0]
-        raise ModelError(f"attention by segments does not know what to do with {what}; use the dense mask")
+    refused = [f"dropout {dropout}"] if dropout else []
+    refused += [f"softcap {softcap}"] if softcap is not None else []
+    refused += ["a layer that is not causal"] if is_causal is False else []
+    refused += sorted(name for name, given in kwargs.items() if name not in NO_EFFECT and given is not None)
+    if refused:
+        raise ModelError(f"attention by segments does not know what to do with {refused[0]}; use the dense mask")
     dtype = query.dtype
     if dtype in (torch.bfloat16, torch.float16):
         query, key, value = query.float(), key.float(), value.float()

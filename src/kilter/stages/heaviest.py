@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from kilter.config import PreferStage
@@ -18,7 +17,7 @@ from kilter.stages.context import Context
 from kilter.stages.training import Equipment
 from kilter.train import distributed
 from kilter.train.preferences import Comparison
-from kilter.tree import Group, make_batches
+from kilter.tree import Group, make_batches, numbered
 
 BINS = 10
 FILE = "heaviest.jsonl"
@@ -75,18 +74,11 @@ def pair_weights(
     training = trunk.training
     trunk.eval()
     places = [(number, place) for number, group in enumerate(groups) for place in range(len(group.responses))]
-    first = 0
-    marked = []
-    for group in groups:
-        responses = tuple(
-            replace(response, per_response={**response.per_response, PLACE: float(first + place)})
-            for place, response in enumerate(group.responses)
-        )
-        marked.append(replace(group, responses=responses))
-        first += len(responses)
     found = []
     with distributed.lowered(trunk):
-        for batch in make_batches(marked, row_tokens=row_tokens, batch_tokens=batch_tokens, pad_id=pad_id):
+        for batch in make_batches(
+            numbered(groups, PLACE), row_tokens=row_tokens, batch_tokens=batch_tokens, pad_id=pad_id
+        ):
             held = batch.extras[PLACE].long().tolist()
             for better, worse, margin in zip(*(side.tolist() for side in objective.margins(trunk, batch)), strict=True):
                 (number, good), (_, bad) = places[held[better]], places[held[worse]]

@@ -43,8 +43,8 @@ from kilter.train.checks import check_policy_is_reference, require
 from kilter.train.loop import measure
 from kilter.train.objectives import reward_model, sft
 from kilter.train.preferences import Comparison, Term, Thumbs, mixture
-from kilter.train.reference import default_folder, with_reference
-from kilter.train.sources import Pool, with_mismatched
+from kilter.train.reference import Cache, default_folder, with_reference
+from kilter.train.sources import Pool, Score, with_mismatched
 from kilter.tree import Group, make_batches
 
 Figures = dict[str, Any]
@@ -55,7 +55,7 @@ HELD_OUT = "held_out.jsonl"
 def run_sft(context: Context, stage: SftStage) -> Figures:
     """Cross-entropy of demonstrations; the result is an ordinary model folder."""
     equipment = equip(context, stage.model)
-    learned, held = _split(context, equipment, context.records("data", stage.data, stage.data.kind), stage)
+    learned, held = _split(context, equipment, stage)
     more = [Pool(_mixed(context, equipment, stage, place), source.weight) for place, source in enumerate(stage.mix)]
     trunk = policy_trunk(
         equipment.folder,
@@ -145,8 +145,7 @@ def run_prefer(context: Context, stage: PreferStage) -> Figures:
     """Any preference loss or a mixture of them; the policy as it starts is the reference, unless another is named."""
     objective = objective_of(stage)
     equipment = equip(context, stage.model)
-    records = context.records("data", stage.data, _kind_of(objective))
-    learned, held = _split(context, equipment, records, stage)
+    learned, held = _split(context, equipment, stage)
     if isinstance(objective, Thumbs) and objective.needs_mismatched:
         learned = with_mismatched(learned, seed=context.seed("mismatched"))
         held = with_mismatched(held, seed=context.seed("mismatched")) if held else held
@@ -165,8 +164,9 @@ def run_prefer(context: Context, stage: PreferStage) -> Figures:
     gap = check_trunk(context, trunk, "policy", learned, stage.precision)
     pad_id = equipment.encoder.pad_id
     if objective.needs_reference:
-        learned = _with_reference(context, trunk, learned, stage, pad_id)
-        held = _with_reference(context, trunk, held, stage, pad_id) if held else held
+        cache = Cache.of(default_folder(), trunk) if stage.reference_cache else None
+        learned = _with_reference(context, trunk, learned, cache, pad_id)
+        held = _with_reference(context, trunk, held, cache, pad_id) if held else held
         if not other and isinstance(objective, Comparison):
             first = make_batches(learned[:32], row_tokens=512, batch_tokens=8192, pad_id=pad_id)
             require(*check_policy_is_reference(trunk, first, tolerance=tolerance(stage.precision)))
@@ -192,7 +192,7 @@ def run_prefer(context: Context, stage: PreferStage) -> Figures:
 
 
 def _with_reference(
-    context: Context, trunk: Trunk, groups: Sequence[Group], stage: PreferStage, pad_id: int
+    context: Context, trunk: Trunk, groups: Sequence[Group], cache: Cache | None, pad_id: int
 ) -> list[Group]:
     """Log-probs of the reference, computed or read; says how long it took."""
     begun = time.perf_counter()
@@ -201,16 +201,19 @@ def _with_reference(
         trunk,
         groups,
         pad_id=pad_id,
-        cache=default_folder() if stage.reference_cache else None,
+        cache=cache,
         progress=lambda done, _: context.watch.step(done),
     )
     context.watch.say(f"  log-probs of the reference for {len(groups)} prompts: {time.perf_counter() - begun:.1f} s")
     return held
 
 
-def _kind_of(objective: Comparison | Thumbs) -> str:
-    """The kind of records that an objective learns from."""
-    return "feedback" if isinstance(objective, Thumbs) else "ranking"
+def _reads(stage: SftStage | RewardStage | PreferStage) -> tuple[str, Score]:
+    """The kind of records that a stage learns from, and which of their tokens are scored."""
+    if isinstance(stage, SftStage):
+        return stage.data.kind, stage.data.score
+    thumbs = isinstance(stage, PreferStage) and isinstance(objective_of(stage), Thumbs)
+    return ("feedback" if thumbs else "ranking"), "responses"
 
 
 def _add_reference(context: Context, trunk: Trunk, value: str, equipment: Equipment) -> None:
@@ -229,13 +232,9 @@ def first_groups(context: Context, folder: str) -> list[Group]:
     """The first groups that a stage would train on, for a dry run."""
     stage = context.stage
     assert isinstance(stage, SftStage | RewardStage | PreferStage)
-    if isinstance(stage, PreferStage):
-        kind = _kind_of(objective_of(stage))
-    else:
-        kind = stage.data.kind if isinstance(stage, SftStage) else "ranking"
+    kind, score = _reads(stage)
     records = context.records("data", stage.data, kind)
     equipment = equip(context, folder)
-    score = stage.data.score if isinstance(stage, SftStage) else "responses"
     return convert(context, equipment, records[:2], stage.optim, "first batch", score).groups
 
 
@@ -263,11 +262,10 @@ def _pairs(record: Record) -> list[PreferencePair]:
     return [record] if isinstance(record, PreferencePair) else list(pairs_of(record))
 
 
-def _split(
-    context: Context, equipment: Equipment, records: Sequence[Record], stage: SftStage | PreferStage
-) -> tuple[list[Group], list[Group]]:
+def _split(context: Context, equipment: Equipment, stage: SftStage | PreferStage) -> tuple[list[Group], list[Group]]:
+    kind, score = _reads(stage)
+    records = context.records("data", stage.data, kind)
     learned, held = split_by_prompt(records, held_out=stage.held_out, seed=context.seed("split"))
-    score = stage.data.score if isinstance(stage, SftStage) else "responses"
     groups = convert(context, equipment, learned, stage.optim, "training", score).groups
     return groups, convert(context, equipment, held, stage.optim, "held out", score).groups if held else []
 

@@ -80,8 +80,13 @@ def compute_dtype(precision: Precision) -> torch.dtype | None:
 
 def multiplies_in_bfloat16() -> bool:
     """Whether this machine gains by bfloat16: a GPU, or a processor with instructions for it; others emulate it."""
+    return torch.cuda.is_available() or processor_multiplies_in_bfloat16()
+
+
+def processor_multiplies_in_bfloat16() -> bool:
+    """Whether the processor has instructions for it."""
     known = torch.cpu.get_capabilities()
-    return torch.cuda.is_available() or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def tolerance(precision: Precision) -> float:

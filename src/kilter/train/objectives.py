@@ -10,7 +10,7 @@ Preference losses, all of them, have theirs in `preferences`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -79,6 +79,9 @@ def extra(batch: Batch, name: str, needed_by: str) -> Tensor:
 # Supervised fine-tuning ----------------------------------------------------------------------------------------------
 
 
+TOKEN_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"nll": nll, "dft": dft}
+
+
 @dataclass(frozen=True)
 class Sft:
     """Mean negative log-likelihood of the scored tokens, or its rescaled form."""
@@ -92,7 +95,7 @@ class Sft:
 
     def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
         logprobs = trunk(batch.tree, {self.role: "logprobs"})[self.role]
-        losses = nll(logprobs) if self.loss == "nll" else dft(logprobs)
+        losses = TOKEN_LOSSES[self.loss](logprobs)
         return LossOutput({self.loss: (losses.sum(), "tokens")}, {"surprisal": mean_of(-logprobs)})
 
     def finish(self, means: Mapping[str, float]) -> dict[str, float]:

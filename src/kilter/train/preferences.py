@@ -6,6 +6,7 @@ mixture, and hand every loss the inputs that its signature names.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ def mixture(terms: Sequence[Term], *, role: str = "policy", reference_free: bool
 
 
 class _Read(NamedTuple):
-    """What one forward says of the responses."""
+    """What one forward says of the responses, all of them or some."""
 
     logprobs: Tensor  # float[N]
     ref_logprobs: Tensor  # float[N]
@@ -91,35 +92,74 @@ class _Read(NamedTuple):
     tokens: Tensor  # float[R]
     likeness: Tensor | None  # float[R], w of `losses.pair.wpo`, without gradient
 
+    def sides(self, loss: PreferenceLoss) -> tuple[Tensor, Tensor]:
+        """float[R] each: log-probs under policy and reference, sums or means as the loss wants them."""
+        if not loss.length_normalized:
+            return self.logps, self.ref_logps
+        return self.logps / self.tokens, self.ref_logps / self.tokens
 
-def _read(trunk: nn.Module, batch: Batch, terms: Sequence[Term], role: str, reference_free: bool) -> _Read:
-    tree, num_responses = batch.tree, len(batch.tree.last)
-    wanted = {name for term in terms for name in term.loss.inputs}
-    likeness = None
-    if "likeness" in wanted:
-        logprobs, _, collision = trunk(tree, {role: "token_stats"})[role].unbind(1)
-    else:
-        logprobs, collision = trunk(tree, {role: "logprobs"})[role], None
-    tokens = sum_by(torch.ones_like(logprobs), tree.leaf, num_responses)
-    if collision is not None:
-        surplus = sum_by((logprobs - collision).detach(), tree.leaf, num_responses)
-        likeness = (surplus / tokens).exp()
-    ref_logprobs = torch.zeros_like(logprobs)
-    if batch.ref_logprobs is not None and not reference_free:
-        ref_logprobs = batch.ref_logprobs.to(logprobs.dtype)
-    elif num_responses and not reference_free and any(term.loss.needs_reference for term in terms):
-        raise CheckError(
-            f"batch: no ref_logprobs, which {', '.join(repr(term.name) for term in terms)} needs; give the groups to "
-            "`reference.with_reference` first"
+
+@dataclass(frozen=True)
+class _Preference(ABC):
+    """What objectives over comparisons and over thumbs share."""
+
+    terms: tuple[Term, ...]
+    role: str = "policy"
+    reference_free: bool = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (self.role,)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether batches must carry the reference's log-probs."""
+        return not self.reference_free and any(term.loss.needs_reference for term in self.terms)
+
+    def asks_for(self, *names: str) -> bool:
+        """Whether any loss has one of these inputs."""
+        return any(name in names for term in self.terms for name in term.loss.inputs)
+
+    @abstractmethod
+    def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput: ...
+
+    @abstractmethod
+    def prepare(self, trunk: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The step's batches with what is a function of the whole step."""
+
+    def _read(self, trunk: nn.Module, batch: Batch) -> _Read:
+        """One forward over all responses of a batch."""
+        tree, num_responses = batch.tree, len(batch.tree.last)
+        likeness = None
+        if self.asks_for("likeness"):
+            logprobs, _, collision = trunk(tree, {self.role: "token_stats"})[self.role].unbind(1)
+        else:
+            logprobs, collision = trunk(tree, {self.role: "logprobs"})[self.role], None
+        tokens = sum_by(torch.ones_like(logprobs), tree.leaf, num_responses)
+        if collision is not None:
+            surplus = sum_by((logprobs - collision).detach(), tree.leaf, num_responses)
+            likeness = (surplus / tokens).exp()
+        ref_logprobs = torch.zeros_like(logprobs)
+        if batch.ref_logprobs is not None and not self.reference_free:
+            ref_logprobs = batch.ref_logprobs.to(logprobs.dtype)
+        elif num_responses and self.needs_reference:
+            raise CheckError(
+                f"batch: no ref_logprobs, which {', '.join(repr(term.name) for term in self.terms)} needs; give the "
+                "groups to `reference.with_reference` first"
+            )
+        return _Read(
+            logprobs,
+            ref_logprobs,
+            sum_by(logprobs, tree.leaf, num_responses),
+            sum_by(ref_logprobs, tree.leaf, num_responses),
+            tokens,
+            likeness,
         )
-    return _Read(
-        logprobs,
-        ref_logprobs,
-        sum_by(logprobs, tree.leaf, num_responses),
-        sum_by(ref_logprobs, tree.leaf, num_responses),
-        tokens,
-        likeness,
-    )
+
+    def _rewards(self, read: _Read) -> Tensor:
+        """float[R], the implicit reward of the first loss, without gradient."""
+        logps, ref_logps = read.sides(self.terms[0].loss)
+        return self.terms[0].beta * (logps - ref_logps).detach()
 
 
 # Pairs and rankings --------------------------------------------------------------------------------------------------
@@ -153,27 +193,15 @@ RANKED_OVER_THE_STEP = ("ref_ranked", "rejected_ranked", "chosen_ranked")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(_Preference):
     """Pair losses over all pairs of each group and ranked losses over each group, weighted and summed."""
-
-    terms: tuple[Term, ...]
-    role: str = "policy"
-    reference_free: bool = False
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return (self.role,)
-
-    @property
-    def needs_reference(self) -> bool:
-        return not self.reference_free and any(term.loss.needs_reference for term in self.terms)
 
     @torch.no_grad()
     def prepare(self, trunk: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
         """What is a function of the whole step: the count of chosen tokens, the ranks of `aot`'s log-ratios."""
         if any(term.loss.unit == "chosen_tokens" for term in self.terms):
             batches = [_with_chosen_tokens(batch) for batch in batches]
-        if not {name for term in self.terms for name in term.loss.inputs} & set(RANKED_OVER_THE_STEP):
+        if not self.asks_for(*RANKED_OVER_THE_STEP):
             return batches
         rows = []  # float[4, Q] of each batch: both differences and both log-ratios
         for batch in batches:
@@ -204,26 +232,23 @@ class Comparison:
             for batch, *own_values in zip(batches, *columns, strict=True)
         ]
 
-    def _read(self, trunk: nn.Module, batch: Batch) -> _Read:
-        return _read(trunk, batch, self.terms, self.role, self.reference_free)
-
     def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
         pairs, read = _pairs(batch), self._read(trunk, batch)
         terms: dict[str, tuple[Tensor, str]] = {}
         for term in self.terms:
-            divisor = read.tokens if term.loss.length_normalized else torch.ones_like(read.tokens)
             if term.name in RANKED_LOSSES:
+                logps, ref_logps = read.sides(term.loss)
                 losses = term(
                     {
-                        "logps": read.logps / divisor,
-                        "ref_logps": read.ref_logps / divisor,
+                        "logps": logps,
+                        "ref_logps": ref_logps,
                         "group": batch.tree.group,
                         "rank": extra(batch, "rank", repr(term.name)),
                         "tokens": read.tokens,
                     }
                 )
             else:
-                losses = term(_pair_inputs(term.loss, batch, pairs, read, divisor)) * pairs.share
+                losses = term(_pair_inputs(term.loss, batch, pairs, read)) * pairs.share
             terms[term.name] = (term.weight * losses.sum(), term.loss.unit)
         rewards = self._rewards(read)
         better, worse, ordered = pairs.better[: len(pairs.ordered)], pairs.worse[: len(pairs.ordered)], pairs.ordered
@@ -236,12 +261,6 @@ class Comparison:
             sides = side_by_side(name, values[better], values[worse], ordered)
             metrics |= {key: sides[key] for key in (f"{name}/chosen", f"{name}/rejected")}
         return LossOutput(terms, metrics)
-
-    def _rewards(self, read: _Read) -> Tensor:
-        """float[R], the implicit reward of the first loss."""
-        first = self.terms[0]
-        divisor = read.tokens if first.loss.length_normalized else torch.ones_like(read.tokens)
-        return first.beta * ((read.logps - read.ref_logps) / divisor).detach()
 
     @torch.no_grad()
     def margins(self, trunk: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,16 +286,15 @@ def _value_of_same_rank(values: Tensor, by: Tensor) -> Tensor:
     return found
 
 
-def _pair_inputs(
-    loss: PreferenceLoss, batch: Batch, pairs: _Pairs, read: _Read, divisor: Tensor
-) -> Mapping[str, Tensor]:
+def _pair_inputs(loss: PreferenceLoss, batch: Batch, pairs: _Pairs, read: _Read) -> Mapping[str, Tensor]:
     """The inputs of a pair loss by name, those that cost something only where it asks for them."""
     better, worse = pairs.better, pairs.worse
+    logps, ref_logps = read.sides(loss)
     found = {
-        "chosen": (read.logps / divisor)[better],
-        "rejected": (read.logps / divisor)[worse],
-        "ref_chosen": (read.ref_logps / divisor)[better],
-        "ref_rejected": (read.ref_logps / divisor)[worse],
+        "chosen": logps[better],
+        "rejected": logps[worse],
+        "ref_chosen": ref_logps[better],
+        "ref_rejected": ref_logps[worse],
         "chosen_tokens": read.tokens[better],
         "rejected_tokens": read.tokens[worse],
     }
@@ -301,38 +319,27 @@ def _head(logprobs: Tensor, start: Tensor, length: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Thumbs:
+class Thumbs(_Preference):
     """Losses over single responses with a thumb up or down, weighted and summed, per prompt.
 
     Where a loss asks for `kl`, groups carry a second response that belongs to another prompt, marked `mismatched`: it
     only measures how far the policy is from the reference, gets no gradient and is no unit (`sources.with_mismatched`).
     """
 
-    terms: tuple[Term, ...]
-    role: str = "policy"
-    reference_free: bool = False
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return (self.role,)
-
-    @property
-    def needs_reference(self) -> bool:
-        return not self.reference_free and any(term.loss.needs_reference for term in self.terms)
-
     @property
     def needs_mismatched(self) -> bool:
         """Whether groups must carry responses of other prompts."""
-        return any("kl" in term.loss.inputs for term in self.terms)
+        return self.asks_for("kl")
 
     @torch.no_grad()
     def prepare(self, trunk: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Fills in what is a function of the whole step: `kl` and `shift` of `registry.UNPAIRED_INPUTS`."""
-        if not {name for term in self.terms for name in term.loss.inputs} & {"kl", "shift"}:
+        if not self.asks_for("kl", "shift"):
             return batches
         sums = torch.zeros(2, 3, dtype=torch.float64, device=batches[0].tree.tokens.device)
         for batch in batches:
-            desirable, mismatched, read = self._read(trunk, batch)
+            desirable, mismatched = self._thumbs(batch)
+            read = self._read(trunk, batch)
             kinds = torch.stack([mismatched, (1 - mismatched) * desirable, (1 - mismatched) * (1 - desirable)]).double()
             sums += torch.stack([kinds @ (read.logps - read.ref_logps).double(), kinds.sum(1)])
         ratios, counts = distributed.total(sums)
@@ -341,36 +348,26 @@ class Thumbs:
         shift = (means[1:].sum() / (counts[1:] > 0).sum().clamp(min=1)).float()
         return [replace(batch, extras=batch.extras | {"kl": kl, "shift": shift}) for batch in batches]
 
-    def _read(self, trunk: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, _Read]:
-        """Thumbs, marks of mismatched responses, and what the forward says; float[R] each."""
+    def _thumbs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Thumbs and marks of mismatched responses; float[R] each."""
         desirable = extra(batch, "desirable", "a loss over thumbs")
-        mismatched = batch.extras.get("mismatched", torch.zeros_like(desirable))
         if self.needs_mismatched:
-            mismatched = extra(batch, "mismatched", "a loss with a mismatched baseline")
-        return desirable, mismatched, _read(trunk, batch, self.terms, self.role, self.reference_free)
+            return desirable, extra(batch, "mismatched", "a loss with a mismatched baseline")
+        return desirable, batch.extras.get("mismatched", torch.zeros_like(desirable))
 
     def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
-        desirable, mismatched, read = self._read(trunk, batch)
+        desirable, mismatched = self._thumbs(batch)
+        read = self._read(trunk, batch)
         (real,) = (mismatched == 0).nonzero(as_tuple=True)
-        logps, ref_logps, tokens, desirable = (
-            values[real] for values in (read.logps, read.ref_logps, read.tokens, desirable)
-        )
+        desirable, tokens, rewards = (values[real] for values in (desirable, read.tokens, self._rewards(read)))
         terms: dict[str, tuple[Tensor, str]] = {}
         for term in self.terms:
-            divisor = tokens if term.loss.length_normalized else torch.ones_like(tokens)
-            inputs = {
-                "logps": logps / divisor,
-                "ref_logps": ref_logps / divisor,
-                "desirable": desirable,
-                "tokens": tokens,
-            }
+            logps, ref_logps = (values[real] for values in read.sides(term.loss))
+            inputs = {"logps": logps, "ref_logps": ref_logps, "desirable": desirable, "tokens": tokens}
             inputs |= {
                 name: extra(batch, name, repr(term.name)) for name in ("kl", "shift") if name in term.loss.inputs
             }
             terms[term.name] = (term.weight * term(inputs).sum(), term.loss.unit)
-        first = self.terms[0]
-        divisor = tokens if first.loss.length_normalized else torch.ones_like(tokens)
-        rewards = first.beta * ((logps - ref_logps) / divisor).detach()
         metrics: dict[str, tuple[Tensor, Tensor | float]] = {
             f"rewards/{side}": (summed(rewards * weight), weight.sum())
             for side, weight in (("desirable", desirable), ("undesirable", 1 - desirable))

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from kilter.models.load import weights_hash
 from kilter.train import distributed
-from kilter.tree import Group, make_batches, scored, size, split_by_response
+from kilter.train.checks import LOW_PRECISION_TOLERANCE, TOLERANCE
+from kilter.tree import Group, make_batches, numbered, scored, size, split_by_response
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +35,7 @@ SHARD = 4096
 """Groups in one file."""
 VERIFIED = 2
 """Groups of each file that are computed again when it is read."""
-AGREES = 1e-3
-"""Nats by which a log-prob computed again may differ in float32: packing and the number of threads leave their mark."""
-AGREES_LOW_PRECISION = 0.3
-"""The same where a dtype below float32 computes."""
+NUMBER = "number"
 
 
 def default_folder() -> Path:
@@ -45,6 +43,26 @@ def default_folder() -> Path:
     if chosen := os.environ.get("KILTER_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kilter"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of log-probs, as seen from one reference."""
+
+    folder: Path
+    weights: str
+    """Hash of the reference's weights."""
+
+    @classmethod
+    def of(cls, folder: Path, trunk: nn.Module, role: str = "reference") -> Cache:
+        """Reads all weights of the role once, for its hash."""
+        plain: Any = distributed.unwrap(trunk)
+        held = plain.roles[role]
+        whole = hashlib.sha256(weights_hash(plain.models[held.model]).encode())
+        if held.adapter is not None:  # an adapter's own belong to them
+            for parameter in plain.parameters_of(role):
+                whole.update(parameter.detach().float().contiguous().cpu().numpy().data)
+        return cls(folder, whole.hexdigest())
 
 
 @torch.no_grad()
@@ -57,7 +75,7 @@ def with_reference(
     batch_tokens: int = 8192,
     pad_id: int = 0,
     name: str = "ref_logprobs",
-    cache: Path | None = None,
+    cache: Cache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Group]:
     """The same groups with the log-probs of their scored tokens under `role`, as `per_token[name]`.
@@ -66,17 +84,16 @@ def with_reference(
     a resumed run gets the same bits.
 
     Args:
-        cache: folder of files to read from and to write to; None: neither. What is read is compared with a few groups
+        cache: of `role`, to read from and to write to; None: neither. What is read is compared with a few groups
             computed again; a file that differs or is damaged is made anew, with a warning.
         progress: called with (groups done, groups in all).
     """
     budget = {"row_tokens": row_tokens, "batch_tokens": batch_tokens, "pad_id": pad_id}
-    model = _hash_of(trunk, role) if cache is not None else ""
     found: list[Group] = []
     for at in range(0, len(groups), SHARD):
         shard = groups[at : at + SHARD]
-        file = cache / f"reference-{_key(trunk, model, shard, budget)[:32]}.safetensors" if cache is not None else None
-        values = _read(file, shard) if file is not None else None
+        file = None if cache is None else cache.folder / f"reference-{_key(trunk, cache, shard, budget)}.safetensors"
+        values = None if file is None else _read(file, shard)
         if values is not None and not _agrees(trunk, role, shard, values, budget):
             log.warning("%s: its log-probs are not those of this reference; they are computed anew", file)
             values = None
@@ -95,27 +112,16 @@ def _tell(progress: Callable[[int, int], None] | None, before: int, whole: int, 
         progress(before + done, whole)
 
 
-def _hash_of(trunk: nn.Module, role: str) -> str:
-    """The weights that the role's numbers come from; an adapter's own belong to them."""
+def _key(trunk: nn.Module, cache: Cache, groups: Sequence[Group], budget: dict[str, int]) -> str:
     plain: Any = distributed.unwrap(trunk)
-    held = plain.roles[role]
-    whole = hashlib.sha256(weights_hash(plain.models[held.model]).encode())
-    if held.adapter is not None:
-        for parameter in plain.parameters_of(role):
-            whole.update(parameter.detach().float().contiguous().cpu().numpy().data)
-    return whole.hexdigest()
-
-
-def _key(trunk: nn.Module, model: str, groups: Sequence[Group], budget: dict[str, int]) -> str:
-    plain: Any = distributed.unwrap(trunk)
-    settings = {"model": model, "compute": str(plain.compute_dtype), "layout": plain.layout, **budget}
+    settings = {"model": cache.weights, "compute": str(plain.compute_dtype), "layout": plain.layout, **budget}
     whole = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for group in groups:
         rows = [group.prompt, *(response.ids for response in group.responses)]
         spans = [response.spans for response in group.responses]
         whole.update(f"{[len(row) for row in rows]} {spans}".encode())
         whole.update(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]).tobytes())
-    return whole.hexdigest()
+    return whole.hexdigest()[:32]
 
 
 def _computed(
@@ -131,8 +137,8 @@ def _computed(
     trunk.eval()
     done = 0
     with distributed.lowered(trunk):
-        for batch in make_batches(_numbered(groups), **budget):
-            numbers = batch.extras[_NUMBER].long().tolist()
+        for batch in make_batches(numbered(groups, NUMBER), **budget):
+            numbers = batch.extras[NUMBER].long().tolist()
             on_device = batch.to(device)
             logprobs = trunk(on_device.tree, {role: "logprobs"})[role].float().cpu()
             held |= dict(zip(numbers, split_by_response(logprobs, batch.tree.leaf, len(numbers)), strict=True))
@@ -152,7 +158,7 @@ def _agrees(
     read = [value for place in places for value in values[starts[place] : starts[place + 1]]]
     low = distributed.unwrap(trunk).compute_dtype is not None
     gap = max(float((a - b).abs().max()) for a, b in zip(again, read, strict=True) if len(a))
-    return gap <= (AGREES_LOW_PRECISION if low else AGREES)
+    return gap <= (LOW_PRECISION_TOLERANCE if low else TOLERANCE)
 
 
 def _read(file: Path, groups: Sequence[Group]) -> list[Tensor] | None:
@@ -173,7 +179,7 @@ def _read(file: Path, groups: Sequence[Group]) -> list[Tensor] | None:
 
 def _write(file: Path, values: Sequence[Tensor]) -> None:
     """A file of the cache, whole or not at all. A cache that cannot be written costs time and nothing else."""
-    beside = file.with_suffix(f".{os.getpid()}.part")
+    beside = file.with_suffix(f".{os.getpid()}.part")  # stages side by side may be writing the same file
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(safetensors.torch.save({"logprobs": torch.cat(list(values))}))
@@ -195,19 +201,3 @@ def _filled(groups: Sequence[Group], values: Sequence[Tensor], name: str) -> lis
         )
         for group in groups
     ]
-
-
-_NUMBER = "number"
-
-
-def _numbered(groups: Sequence[Group]) -> list[Group]:
-    """The groups with nothing on their responses but a number, counted through all of them."""
-    found = []
-    number = 0
-    for group in groups:
-        responses = []
-        for response in group.responses:
-            responses.append(replace(response, per_token={}, per_response={_NUMBER: float(number)}))
-            number += 1
-        found.append(replace(group, responses=tuple(responses)))
-    return found
