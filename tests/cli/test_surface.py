@@ -52,6 +52,7 @@ def test_help_loads_no_torch(words: list[str]) -> None:
         (["sft", "--model", "m", "--data", "d", "--held-out", "2"], ["held_out", "2.0", "less than 1"]),
         (["sft", "--model", "m", "--data", "d", "--epochs", "many"], ["--epochs", "many"]),
         (["sft", "--model", "m"], ["--data", "must be given"]),
+        (["prefer", *PAIRS, "--loss.beta", "nan"], ["loss.", "beta", "nan", "finite"]),
         (["sfft"], ["'sfft'", "'sft'"]),
         (["losses", "simp"], ["'simp'", "'simpo'"]),
         (["prefer", *PAIRS, "--loss.gamma"], ["--loss.gamma", "needs a value"]),

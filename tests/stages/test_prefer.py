@@ -19,7 +19,7 @@ from kilter.models.build import policy_trunk
 from kilter.models.load import load_tokenizer
 from kilter.records import PreferencePair, Ranking
 from kilter.rundir import read_jsonl
-from kilter.stages import check_losses
+from kilter.stages import check_losses, plan
 from kilter.stages.heaviest import pair_weights
 from kilter.train.preferences import preference
 from kilter.train.reference import with_reference
@@ -187,3 +187,19 @@ def test_weights_do_not_depend_on_packing(pairs: Path) -> None:
     )
     assert [row[2:] for row in one] == [row[2:] for row in other] == [(place, 0, 1) for place in range(9)]
     assert [row[1] for row in one] == pytest.approx([row[1] for row in other], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "resident"),
+    [
+        ({}, "two models: policy and reference"),
+        ({"lora": {"rank": 2}}, "one trunk: the policy's adapter on the reference"),
+        ({"lora": {"rank": 2}, "reference": BASE}, "two models: policy and reference"),
+        ({"loss": {"name": "simpo"}}, "one model: the policy"),
+        ({"loss": {"name": "simpo"}, "mix": [{"name": "dpo"}]}, "two models: policy and reference"),
+        ({"reference": "none"}, "one model: the policy"),
+    ],
+)
+def test_a_dry_run_says_which_models_the_loss_needs(change: dict[str, Any], resident: str, pairs: Path) -> None:
+    text = plan(parse({"stages": {"a": stage(pairs, **change)}}, ""))
+    assert f"resident in this stage: {resident}\n" in text

@@ -106,7 +106,10 @@ def _loss_options(model: type[Model], words: Sequence[str]) -> tuple[list[str], 
 def _with_loss_options(made: M, found: Mapping[str, Mapping[str, str]]) -> M:
     """The same options with those of their losses filled in."""
     for path, options in found.items():
-        made = _replaced(made, path.split("."), options)
+        try:
+            made = _replaced(made, path.split("."), options)
+        except ValidationError as err:
+            raise ConfigError(f"{path}.{explain(err, options)}") from err
     return made
 
 

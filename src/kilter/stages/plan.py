@@ -12,7 +12,7 @@ from kilter.report.needs import GIB, Shape, memory
 from kilter.rundir import RunDir
 from kilter.stages.context import Context
 from kilter.stages.progress import Watch
-from kilter.stages.supervised import first_groups
+from kilter.stages.supervised import first_groups, objective_of
 from kilter.tree import Group
 
 SHOWN_TOKENS = 120
@@ -49,13 +49,20 @@ def _memory(stage: Stage, config: Any) -> list[str]:
         f"  as roles on one trunk  {one:8.3f} GiB   (LoRA rank 16)",
         f"  beside them, for activations or the cache of a rollout, about {shape.working_bytes / GIB:.3f} GiB",
     ]
-    resident = {
-        "sft": "one model: the policy",
-        "reward": "one model: the reward model",
-        "prefer": "two models: policy and reference (one trunk with LoRA)",
-        "rl": "four models: policy, reference, value, reward (one trunk with LoRA)",
-    }
-    return [*lines, f"resident in this stage: {resident[stage.stage]}"]  # type: ignore[attr-defined]
+    return [*lines, f"resident in this stage: {_resident(stage)}"]
+
+
+def _resident(stage: Stage) -> str:
+    """The models that a stage holds; of a preference loss, as many as it asks for."""
+    if isinstance(stage, RlStage):
+        return "four models: policy, reference, value, reward (one trunk with LoRA)"
+    if isinstance(stage, RewardStage):
+        return "one model: the reward model"
+    if isinstance(stage, SftStage) or not (isinstance(stage, PreferStage) and objective_of(stage).needs_reference):
+        return "one model: the policy"
+    if stage.lora.rank and not stage.reference:
+        return "one trunk: the policy's adapter on the reference"
+    return "two models: policy and reference"
 
 
 def shape_of(config: Any) -> Shape:
