@@ -137,7 +137,9 @@ def dpo_norm(
     Returns:
         float[P]. No margin gives ln 2 = 0.6931.
     """
-    return dpo(chosen, rejected, ref_chosen, ref_rejected, beta=beta, label_smoothing=label_smoothing)
+    return dpo(
+        chosen, rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected, beta=beta, label_smoothing=label_smoothing
+    )
 
 
 @pair_loss("f_dpo")
@@ -393,7 +395,7 @@ def wpo(
     Returns:
         float[P]. No margin and a likeness of 0.5 give 0.3466.
     """
-    return likeness * dpo(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
+    return likeness * dpo(chosen, rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected, beta=beta)
 
 
 @pair_loss("rpo")
@@ -421,7 +423,10 @@ def rpo(
     Returns:
         float[P]. No margin and 0.5 nats a token give ln 2 + 0.5 = 1.1931.
     """
-    return dpo(chosen, rejected, ref_chosen, ref_rejected, beta=beta) - nll_coef * chosen / chosen_tokens
+    return (
+        dpo(chosen, rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected, beta=beta)
+        - nll_coef * chosen / chosen_tokens
+    )
 
 
 @pair_loss("aot")

@@ -6,7 +6,7 @@ DDP and FSDP2 wrap it, and nothing calls what is inside from outside.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,6 +26,7 @@ from kilter.models.attention import (
 from kilter.models.heads import ScalarHead, target_logprobs, token_stats
 from kilter.models.roles import AdapterSwitch, Role, adapter_parameters, base_parameters
 from kilter.models.segments import SEGMENTS, Runs
+from kilter.models.tables import LARGE, adding_in_place
 from kilter.tree import TokenTree, unroll
 
 DENSE_UP_TO = 256
@@ -198,6 +199,15 @@ class Trunk(nn.Module):
                 for name in own:
                     module.__dict__.pop(name, None)
                 module._parameters = own
+
+    def adding_in_place(self, *, large: int = LARGE) -> AbstractContextManager[None]:
+        """Around a step's forwards and backwards: gradients of large embeddings and heads are made where they are kept.
+
+        Only where nobody waits for them, as a wrapper for several processes would. See `kilter.models.tables`.
+        """
+        models: list[Any] = list(self.models.values())
+        tables = [table for model in models for table in (model.get_input_embeddings(), model.get_output_embeddings())]
+        return adding_in_place(tables, large=large)
 
     def _autocast(self, device: torch.device) -> Any:
         needed = self.compute_dtype is not None and not self._low

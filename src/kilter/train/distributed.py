@@ -64,6 +64,13 @@ def lowered(trunk: nn.Module) -> contextlib.AbstractContextManager[None]:
     return plain.lowered() if isinstance(plain, Trunk) else contextlib.nullcontext()
 
 
+def adding_in_place(trunk: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """`Trunk.adding_in_place`; nothing for a wrapped trunk, whose gradients are exchanged, or any other module."""
+    if not isinstance(trunk, Trunk) or isinstance(trunk, FSDPModule):
+        return contextlib.nullcontext()
+    return trunk.adding_in_place()
+
+
 @contextlib.contextmanager
 def exchange(trunk: nn.Module, *, last: bool) -> Iterator[None]:
     """Around one micro-batch: gradients are exchanged at the step's last one only."""

@@ -109,7 +109,7 @@ def train_step(
     local = [batch.to(device) for batch in distributed.level(batches, device)]
     sums = _Sums(device)
     state.optimizer.zero_grad(set_to_none=True)
-    with distributed.lowered(state.trunk):
+    with distributed.adding_in_place(state.trunk), distributed.lowered(state.trunk):
         local = list(prepared(objective, state.trunk, local))
         units = distributed.total_units(local, device)
         for place, batch in enumerate(local):
