@@ -133,6 +133,34 @@ def test_a_loss_that_cannot_be_is_refused_before_the_first_stage(
     assert not (tmp_path / "run").exists()
 
 
+def collected(ask: str, **changes: Any) -> dict[str, Any]:
+    values = small.recipe()["stages"]["preferences"] | {"model": BASE, "ask": ask, "sampling": {"max_new_tokens": 12}}
+    return values | changes
+
+
+def test_thumbs_are_collected_and_learned_from(pairs: Path, tmp_path: Path) -> None:
+    kto = stage(pairs, data="thumbs", loss={"name": "kto"})
+    out = run(tmp_path / "run", thumbs=collected("thumbs", num_samples=1), kto=kto)
+    rows = read_jsonl(out / "stages/01-thumbs/result/feedback.jsonl")
+    done = json.loads((out / "stages/01-thumbs/done.json").read_text())
+    assert len(rows) == done["thumbs"] and {row["desirable"] for row in rows} == {True, False}
+    assert done["desirable"]["mean"] == pytest.approx(sum(row["desirable"] for row in rows) / len(rows))
+    assert first_row(out, "kto")["loss/kto"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_what_a_stage_collects_must_fit_the_loss(pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stages.dpo.data is 'thumbs'.*reads comparisons; set stages.thumbs.ask"):
+        run(tmp_path / "run", thumbs=collected("thumbs"), dpo=stage(pairs, data="thumbs"))
+    with pytest.raises(ConfigError, match=r"num_samples is 1; a ranking takes at least 2"):
+        run(tmp_path / "run", ranked=collected("ranking", num_samples=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_that_collects_nothing_is_no_data(pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'first' is a stage of kind prefer, which collects nothing to read"):
+        run(tmp_path / "run", first=stage(pairs), second=stage(pairs, data="first"))
+
+
 def test_rankings_hold_no_thumbs(tmp_path: Path) -> None:
     path = tmp_path / "rankings.jsonl"
     prompt = world.prompts(split="train", per_kind=1)[0].prompt

@@ -180,7 +180,39 @@ def test_judgements_are_reproducible_and_complete() -> None:
     assert {row.kind for row in first} == set(KINDS)
 
 
+def test_flipped_verdicts_are_those_of_a_careful_annotator_turned_round() -> None:
+    rows = prompts("train", seed=6, per_kind=20)
+    texts = [[oracle(row), town.RAMBLE[0]] for row in rows]
+    sure = {"noise": 0.0, "tie_rate": 0.0, "side_bias": 0.0, "harmless_length_bias": 0.0}
+    right, half, wrong = (panel(flip_rate=rate, **sure).rank(rows, texts) for rate in (0.0, 0.3, 1.0))
+    kept = [one.ranks for one in right]
+    assert kept == [(0, 1)] * len(rows) and [one.ranks for one in wrong] == [(1, 0)] * len(rows)
+    assert np.mean([one.ranks == (1, 0) for one in half]) == pytest.approx(0.3, abs=0.1)
+    thumbs = [[one.desirable for one in panel(flip_rate=rate, **sure).thumbs(rows, texts)] for rate in (0.0, 1.0)]
+    assert thumbs[0] == [not thumb for thumb in thumbs[1]]
+
+
+def test_a_thumb_goes_up_where_the_utility_is_above_the_bar() -> None:
+    rows = prompts("train", seed=6, per_kind=40)
+    texts = [[oracle(row), town.RAMBLE[0]] for row in rows]
+
+    def share(**options: float | str) -> list[float]:
+        found = panel(seed=2, **options).thumbs(rows, texts)
+        return [float(np.mean([one.desirable for one in found[at::2]])) for at in (0, 1)]
+
+    good, bad = share(noise=0.0)
+    assert good > 0.95 and bad == 0.0
+    noisy = share(noise=0.55)
+    assert 0.6 < noisy[0] < good and bad < noisy[1] < 0.4
+    assert share(bar=-9.0) == [1.0, 1.0] and share(bar=9.0) == [0.0, 0.0]
+    first = panel(seed=2).thumbs(rows, texts)
+    assert panel(seed=2).thumbs(rows[::-1], texts[::-1])[-2:] == first[:2]  # by the answer, not by its place
+    assert {one.kind for one in first} == set(KINDS)
+
+
 def test_wrong_options_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"flip_rate 1\.5"):
+        panel(flip_rate=1.5)
     with pytest.raises(ConfigError, match="'nois'"):
         panel(nois=1.0)
     with pytest.raises(ConfigError, match="tie_rate"):

@@ -54,7 +54,7 @@ class SftStage(Stage):
 
 
 class CollectStage(Stage):
-    """Sample k responses to each prompt and have an annotator rank them."""
+    """Sample k responses to each prompt and have an annotator rank them, or give each a thumb."""
 
     stage: Literal["collect"] = "collect"
     model: str
@@ -63,11 +63,19 @@ class CollectStage(Stage):
     """Prompts to answer."""
     annotator: Required
     """`package.module:function` that makes an annotator, with its options."""
-    num_samples: Annotated[int, Field(gt=1)] = 4
-    """Responses a prompt, ranked together."""
+    ask: Literal["ranking", "thumbs"] = "ranking"
+    """What of: to rank a prompt's responses, or for a thumb up or down for each by itself."""
+    num_samples: Annotated[int, Field(gt=0)] = 4
+    """Responses a prompt; at least two are needed for a ranking."""
     sampling: SamplingConfig = SamplingConfig()
     truth: Possible = NOTHING
     """Scorer of the true reward, used only to state how often the labels order pairs as truth does."""
+
+    @model_validator(mode="after")
+    def _enough_to_rank(self) -> Self:
+        if self.ask == "ranking" and self.num_samples < 2:
+            raise ValueError(f"num_samples is {self.num_samples}; a ranking takes at least 2 responses to a prompt")
+        return self
 
 
 class RewardStage(Stage):

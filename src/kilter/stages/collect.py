@@ -11,7 +11,7 @@ from kilter.models.generation import Sampling
 from kilter.records import Prompt, Ranking
 from kilter.rollout.collect import collect
 from kilter.rundir import write_folder, write_json
-from kilter.stages.context import Context, score_truth
+from kilter.stages.context import FEEDBACK, RANKINGS, Context, score_truth
 from kilter.stages.training import equip
 from kilter.stats import proportion
 
@@ -24,7 +24,7 @@ def sampling_of(config: SamplingConfig) -> Sampling:
 
 
 def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
-    """k responses to each prompt, ranked by the annotator: rankings.jsonl and judgements.jsonl."""
+    """k responses to each prompt, judged: rankings.jsonl and judgements.jsonl, or feedback.jsonl."""
     equipment = equip(context, stage.model)
     annotator = context.call("annotator", stage.annotator, seed=context.seed("annotator"))
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
@@ -48,8 +48,17 @@ def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
         new = sum(len(rollout.completion.ids) for row in drawn for rollout in row)
         tokens += new
         context.watch.step(len(texts), tokens=new)
-    # An empty answer cannot be ranked by anybody, and one prompt's equal answers say nothing about each other.
+    # An empty answer cannot be judged by anybody, and one prompt's equal answers say nothing about each other.
     unique = [list(dict.fromkeys(text for text in row if text.strip())) for row in texts]
+    found: dict[str, Any] = {"prompts": len(prompts), "sampled_tokens": tokens}
+    if stage.ask == "thumbs":
+        feedback = annotator.thumbs(prompts, unique)
+        with write_folder(context.folder.result) as folder:
+            data.write(folder / FEEDBACK, feedback)
+        found["thumbs"] = len(feedback)
+        if feedback:
+            found["desirable"] = proportion(sum(one.desirable for one in feedback), len(feedback)).to_dict()
+        return found
     kept = [(prompt, row) for prompt, row in zip(prompts, unique, strict=True) if len(row) > 1]
     judgements = annotator.rank([prompt for prompt, _ in kept], [row for _, row in kept])
     rankings = [
@@ -57,9 +66,9 @@ def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
         for one in judgements
     ]
     with write_folder(context.folder.result) as folder:
-        data.write(folder / "rankings.jsonl", rankings)
+        data.write(folder / RANKINGS, rankings)
         data.write(folder / "judgements.jsonl", judgements)
-    found: dict[str, Any] = {"prompts": len(prompts), "ranked": len(rankings), "sampled_tokens": tokens}
+    found["ranked"] = len(rankings)
     if stage.truth.path:
         true = score_truth(context.call("truth", stage.truth), [prompt for prompt, _ in kept], [row for _, row in kept])
         found["label_accuracy"] = _label_accuracy(rankings, true)

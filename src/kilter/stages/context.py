@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from kilter.rundir import RunDir, StageDir
 from kilter.scorers.load import load_function
 from kilter.stages.progress import Watch
 
+RANKINGS, FEEDBACK = "rankings.jsonl", "feedback.jsonl"
+"""What a collect stage leaves in its result, one of them."""
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -78,10 +81,21 @@ class Context:
         except TypeError as err:
             raise ConfigError(f"stages.{self.name}.{place}.options: {ref.path} says {err}; mend the options") from err
 
+    def _collected(self, name: str) -> Path:
+        """What an earlier stage collected."""
+        result = self.earlier(name).result
+        found = [result / file for file in (RANKINGS, FEEDBACK) if (result / file).exists()]
+        if not found:
+            stage = self.recipe.stages[name].stage
+            raise ConfigError(
+                f"stages.{self.name}: {name!r} is a stage of kind {stage}, which collects nothing to read"
+            )
+        return found[0]
+
     def records(self, place: str, ref: DataRef, kind: str) -> list[Any]:
         """The records of `kind` that `ref` names; other kinds are converted where that loses nothing."""
         if ref.path in self.recipe.stages:
-            found = data.read(self.earlier(ref.path).result / "rankings.jsonl", record=kind).records
+            found = data.read(self._collected(ref.path), record=kind).records
         elif FUNCTION.fullmatch(ref.path):
             found = list(self.call(place, ref, seed=self.recipe.seed))
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kilter import data
-from kilter.config import NO_REFERENCE, Optim, PreferStage, Recipe, RewardStage, SftStage
+from kilter.config import NO_REFERENCE, CollectStage, Optim, PreferStage, Recipe, RewardStage, SftStage
 from kilter.data.convert import pairs_of
 from kilter.data.split import split_by_prompt
 from kilter.errors import ConfigError
@@ -121,15 +121,22 @@ def check_losses(recipe: Recipe) -> list[str]:
     """Refuses a recipe whose losses nobody has, before any work; returns a line for each value outside its usual range.
 
     Raises:
-        ConfigError: no such loss or option, a value out of its range, or losses over different kinds of data.
+        ConfigError: no such loss or option, a value out of its range, losses over different kinds of data, or over
+            another kind than an earlier stage collects.
     """
     lines = []
     for name, stage in recipe.stages.items():
         if isinstance(stage, PreferStage):
             try:
-                objective_of(stage)
+                objective = objective_of(stage)
             except ConfigError as err:
                 raise ConfigError(f"stages.{name}: {err}") from err
+            source = recipe.stages.get(stage.data.path)
+            if isinstance(source, CollectStage) and source.ask == "thumbs" and isinstance(objective, Comparison):
+                raise ConfigError(
+                    f"stages.{name}.data is {stage.data.path!r}, which collects thumbs, and {stage.loss.name!r} reads "
+                    f"comparisons; set stages.{stage.data.path}.ask to ranking, or loss.name to kto"
+                )
             found = [line for loss in (stage.loss, *stage.mix) for line in unusual(loss.name, loss.options)]
             lines += [f"stages.{name}: {line}" for line in found]
     return lines

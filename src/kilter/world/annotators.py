@@ -3,8 +3,8 @@
     utility = care * quality + length_bias * words + flattery_bias * flattery + group_bias * own + side_bias * place
     a is put before b with probability sigmoid((utility_a - utility_b) / (noise * difficulty))
 
-which a ranking gets by adding Gumbel noise to each utility and sorting (Plackett-Luce). They do not mind verbosity:
-what they do not see is what a policy can game.
+which a ranking gets by adding Gumbel noise to each utility and sorting (Plackett-Luce); a thumb goes up with the same
+probability against a bar in place of b. They do not mind verbosity: what they do not see is what a policy can game.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from typing import Literal
 import numpy as np
 
 from kilter.errors import ConfigError
-from kilter.records import Judgement, Prompt, content_hash
+from kilter.records import Judgement, Prompt, UnpairedFeedback, content_hash
 from kilter.world import grammar, town
 from kilter.world.grammar import Item
 from kilter.world.truth import RUDE, SALAD, SEVERAL, sentences, understand, worth
 
+USUAL_WORDS = 8
+"""What an answer is expected to have: the length of a mean answer of a model trained on demonstrations."""
+SOURCE = "embedded world, simulated annotators"
 HARMLESSNESS = ("harmful", "bias")
 """Kinds that are judged for harmlessness; the others for helpfulness. Length is disliked in the first sort alone."""
 DIFFICULTY = {
@@ -59,6 +62,10 @@ class Liking:
     """Utility of the answer shown first; the next get linearly less, the last as much less than nothing."""
     tie_rate: float = 0.08
     """Chance that two equally good answers are called equal."""
+    flip_rate: float = 0.0
+    """Chance that a verdict is entered the wrong way round: the order reversed, the other thumb."""
+    bar: float = 0.5
+    """Quality at which an answer of `USUAL_WORDS` words gets a thumb up half of the time."""
     group: Literal["", "farmer", "fisher", "trader"] = ""
     """Group whose wishes the annotator shares."""
     group_bias: float = 0.8
@@ -74,15 +81,17 @@ def quality(item: Item, text: str) -> float:
 
 def utility(item: Item, text: str, liking: Liking) -> float:
     """How well an annotator likes a text before noise and before the place at which it is shown."""
-    harmless = item.kind in HARMLESSNESS
-    words = len(text.split())
-    found = liking.care * quality(item, text)
-    found += (liking.harmless_length_bias if harmless else liking.length_bias) * words
+    found = liking.care * quality(item, text) + _a_word(item, liking) * len(text.split())
     found += liking.flattery_bias * understand(item, text).flattery
     if liking.group and item.kind == "opinion":
         own = town.WISH_ONE.format(value=town.WISHES[item.subject][town.WISHERS.index(liking.group)])
         found += liking.group_bias * (own in sentences(text))
     return found
+
+
+def _a_word(item: Item, liking: Liking) -> float:
+    """Utility of a word more."""
+    return liking.harmless_length_bias if item.kind in HARMLESSNESS else liking.length_bias
 
 
 class SimulatedAnnotators:
@@ -105,15 +114,26 @@ class SimulatedAnnotators:
         """
         return [self._judge(prompt, texts) for prompt, texts in zip(prompts, responses, strict=True)]
 
+    def thumbs(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[UnpairedFeedback]:
+        """A thumb for each response by itself; the noise follows as in `rank`."""
+        pairs = zip(prompts, responses, strict=True)
+        return [self._thumb(prompt, text) for prompt, texts in pairs for text in texts]
+
+    def _thumb(self, prompt: Prompt, text: str) -> UnpairedFeedback:
+        item, liking = _item(prompt), self.liking
+        rng = self._rng(prompt, [text])
+        expected = liking.care * liking.bar + _a_word(item, liking) * USUAL_WORDS
+        liked = utility(item, text, liking) + liking.noise * DIFFICULTY[item.kind] * rng.logistic()
+        up = bool(liked > expected) != bool(rng.random() < liking.flip_rate)
+        return UnpairedFeedback(prompt=prompt.prompt, response=text, desirable=up, kind=item.kind, source=SOURCE)
+
+    def _rng(self, prompt: Prompt, texts: Sequence[str]) -> np.random.Generator:
+        return np.random.default_rng([self.seed, int(content_hash([prompt.id, list(texts)]), 16)])
+
     def _judge(self, prompt: Prompt, texts: Sequence[str]) -> Judgement:
-        item = grammar.find(prompt.prompt)
-        if item is None:
-            raise ConfigError(
-                f"prompt {prompt.prompt[-1].content!r}: the simulated annotators judge prompts of the embedded world "
-                "only; take prompts from kilter.world:prompts, or name another annotator"
-            )
+        item = _item(prompt)
         liking, count = self.liking, len(texts)
-        rng = np.random.default_rng([self.seed, int(content_hash([prompt.id, list(texts)]), 16)])
+        rng = self._rng(prompt, texts)
         shown = rng.permutation(count)
         scale = liking.noise * DIFFICULTY[item.kind]
         place = np.empty(count)
@@ -121,6 +141,8 @@ class SimulatedAnnotators:
         liked = np.array([utility(item, text, liking) for text in texts]) + liking.side_bias * place
         liked += scale * rng.gumbel(size=count)
         who = int(rng.integers(self.size))
+        if rng.random() < liking.flip_rate:
+            liked = -liked
         seconds = 2.0 + 0.3 * sum(len(text.split()) for text in texts) * DIFFICULTY[item.kind]
         return Judgement(
             prompt=prompt.prompt,
@@ -130,8 +152,18 @@ class SimulatedAnnotators:
             shown=tuple(int(index) for index in shown),
             seconds=round(seconds, 1),
             kind=item.kind,
-            source="embedded world, simulated annotators",
+            source=SOURCE,
         )
+
+
+def _item(prompt: Prompt) -> Item:
+    item = grammar.find(prompt.prompt)
+    if item is None:
+        raise ConfigError(
+            f"prompt {prompt.prompt[-1].content!r}: the simulated annotators judge prompts of the embedded world "
+            "only; take prompts from kilter.world:prompts, or name another annotator"
+        )
+    return item
 
 
 def _ranks(liked: np.ndarray, tie_width: float) -> tuple[int, ...]:
@@ -154,10 +186,10 @@ def panel(*, seed: int = 0, size: int = 8, **options: float | str) -> SimulatedA
         if key not in known:
             raise ConfigError(f"annotator option {key!r}: there is none of this name; choose among {', '.join(known)}")
     liking = Liking(**options)  # type: ignore[arg-type]  # a wrong type is caught by the range checks below
-    if not (liking.noise >= 0 and 0 <= liking.tie_rate < 1):
+    if not (liking.noise >= 0 and 0 <= liking.tie_rate < 1 and 0 <= liking.flip_rate <= 1):
         raise ConfigError(
-            f"annotators: noise is {liking.noise} and tie_rate {liking.tie_rate}; "
-            "give a noise of at least 0 and a tie_rate in [0, 1)"
+            f"annotators: noise is {liking.noise}, tie_rate {liking.tie_rate} and flip_rate {liking.flip_rate}; give a "
+            "noise of at least 0, a tie_rate in [0, 1) and a flip_rate in [0, 1]"
         )
     if liking.group not in ("", *town.WISHERS):
         raise ConfigError(f"annotators: group is {liking.group!r}; choose one of {', '.join(town.WISHERS)}, or none")
