@@ -91,7 +91,7 @@ def test_options_of_a_loss_stand_beside_its_name() -> None:
     assert LossConfig.model_validate(stage.loss.model_dump()) == stage.loss
     assert stage_inputs(stage) == [("model", "base"), ("data", "pairs.jsonl")]
     named = stage.model_copy(update={"reference": "sft"})
-    assert stage_inputs(named)[-1] == ("reference", "sft")
+    assert ("reference", "sft") in stage_inputs(named)
     assert "reference" not in dict(stage_inputs(stage.model_copy(update={"reference": "none"})))
     for loss in ({"name": "dpo", "beta": [1]}, {"weight": 0}, {"options": 3}, {"weight": -1}, "dpo"):
         assert "stages.a.loss" in refused({"stages": {"a": PREFER | {"loss": loss}}})

@@ -191,6 +191,23 @@ def test_options_of_losses_are_taken_where_a_loss_stands(capsys: pytest.CaptureF
     assert "note: stages.first: loss.beta is 0.7; usual for 'dpo' is 0.03 to 0.5" in shown.err
 
 
+def test_prefer_online_is_a_stage_of_its_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = "kilter.world:MODEL_PATH"
+    words = ["prefer", "--online", "--model", model, "--reward", "kilter.world:true_reward", "--prompts", "d"]
+    assert main([*words, "--loss.beta", "0.3", "--num-samples", "4", "--pairing", "all", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "stage: online" in shown and "beta: 0.3" in shown and "num_samples: 4" in shown
+    assert main(["prefer", "--online", "--model", model, "--data", "d"]) == 2
+    assert "kilter prefer --online" in capsys.readouterr().err  # `data` is not what it reads
+    config = tmp_path / "online.yaml"
+    config.write_text(f"stages: {{a: {{stage: online, model: {model}, reward: m:r, prompts: d, rounds: 7}}}}")
+    assert main(["prefer", "--online", "--config", str(config), "--dry-run"]) == 0
+    assert "rounds: 7" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["prefer", "--online", "--help"])
+    assert "--prompts-per-round" in capsys.readouterr().out
+
+
 def test_the_losses_are_listed_and_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["losses"]) == 0
     listed = capsys.readouterr().out

@@ -17,7 +17,7 @@ from kilter.models.generation import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Message, Prompt, Sample, Score
 from kilter.rollout import PPOSource, Rollout
-from kilter.rollout.ppo import Verdict
+from kilter.rollout.source import Verdict
 from kilter.train.checkpoint import CheckpointStore
 from kilter.train.loop import TrainState, fit, train_step
 from kilter.train.objectives import ppo

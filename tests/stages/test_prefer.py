@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import small
+import torch
+import transformers
 
 import kilter
 from kilter import data, world
@@ -17,7 +20,7 @@ from kilter.data.chat import ChatEncoder
 from kilter.errors import ConfigError
 from kilter.models.build import policy_trunk
 from kilter.models.load import load_tokenizer
-from kilter.records import PreferencePair, Ranking
+from kilter.records import Document, PreferencePair, Ranking, Sample, Score
 from kilter.rundir import read_jsonl
 from kilter.stages import check_losses, plan
 from kilter.stages.heaviest import pair_weights
@@ -149,7 +152,7 @@ def test_thumbs_are_collected_and_learned_from(pairs: Path, tmp_path: Path) -> N
 
 
 def test_what_a_stage_collects_must_fit_the_loss(pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"stages.dpo.data is 'thumbs'.*reads comparisons; set stages.thumbs.ask"):
+    with pytest.raises(ConfigError, match=r"stages.dpo: data is 'thumbs'.*reads comparisons; set stages.thumbs.ask"):
         run(tmp_path / "run", thumbs=collected("thumbs"), dpo=stage(pairs, data="thumbs"))
     with pytest.raises(ConfigError, match=r"num_samples is 1; a ranking takes at least 2"):
         run(tmp_path / "run", ranked=collected("ranking", num_samples=1))
@@ -230,4 +233,181 @@ def test_weights_do_not_depend_on_packing(pairs: Path) -> None:
 )
 def test_a_dry_run_says_which_models_the_loss_needs(change: dict[str, Any], resident: str, pairs: Path) -> None:
     text = plan(parse({"stages": {"a": stage(pairs, **change)}}, ""))
-    assert f"resident in this stage: {resident}\n" in text
+    assert f"resident in this stage: {resident}: " in text
+
+
+def done(out: Path, name: str) -> dict[str, Any]:
+    (file,) = out.glob(f"stages/*-{name}/done.json")
+    return dict(json.loads(file.read_text()))
+
+
+def test_what_training_did_is_measured_on_fresh_answers_and_plain_text(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    still = {"probe": {"prompts": 12, "max_new_tokens": 16}, "held_out": 0.0}
+    out = run(
+        tmp_path / "run",
+        still=stage(pairs, **still, optim={**small.OPTIM, "batch_size": 4, "learning_rate": 1e-12}),
+        broken=stage(pairs, **still, epochs=2, optim={**small.OPTIM, "batch_size": 4, "learning_rate": 0.02}),
+        adapted=stage(pairs, **still, lora={"rank": 4}, loss={"name": "simpo"}),
+    )
+    first = done(out, "still")
+    assert abs(first["fresh/kl"]["mean"]) < 1e-4 and abs(first["plain_text/rise"]["mean"]) < 1e-5
+    for name in ("fresh/length", "fresh/entropy", "plain_text/loss"):
+        assert first[name]["mean"] == pytest.approx(first[f"{name}_before"]["mean"], abs=1e-4)
+    records = [json.loads(line) for line in pairs.read_text().splitlines()][:12]
+    texts = ["\n".join(message["content"] for message in record["prompt"]) for record in records]
+    expected = [plain_loss(out / "stages/01-still/result", text) for text in texts]
+    assert first["plain_text/loss"]["mean"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    broken = done(out, "broken")
+    assert broken["fresh/kl"]["mean"] > 1 and broken["plain_text/rise"]["low"] > 0.1
+    assert broken["plain_text/loss_before"] == first["plain_text/loss_before"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "raise loss.beta (it is 0.1), or lower optim.learning_rate (it is 0.02), or add {name: nll" in said
+    assert said.count("plain text has become less likely") == 1
+    assert done(out, "adapted")["plain_text/loss_before"]["mean"] == pytest.approx(
+        first["plain_text/loss_before"]["mean"], rel=1e-5
+    )
+
+
+def plain_loss(folder: Path, text: str) -> float:
+    """Nats a token by transformers alone."""
+    ids = ChatEncoder(load_tokenizer(folder)).document(text)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        return float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss)
+
+
+def test_plain_text_may_be_named_and_the_probe_left_out(pairs: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    data.write(text, [Document(text="The baker is Anna."), Document(text="The bridge is old.")])
+    out = run(
+        tmp_path / "run",
+        named=stage(pairs, probe={"prompts": 4, "max_new_tokens": 8, "text": str(text)}),
+        none=stage(pairs, probe={"prompts": 0}),
+    )
+    assert done(out, "named")["plain_text/loss"]["n"] == 2 and done(out, "named")["fresh/kl"]["n"] == 4
+    assert not [name for name in done(out, "none") if name.startswith(("fresh", "plain_text"))]
+    assert str(text) in json.loads((out / "environment.json").read_text())["inputs"]
+
+
+def test_the_reference_follows_the_policy(pairs: Path, tmp_path: Path) -> None:
+    """Every step and whole, each step but the first begins anew at ln 2, and the policy goes further."""
+    many = {"epochs": 3, "optim": {**small.OPTIM, "batch_size": 4, "evaluate_every": 4}}
+    out = run(
+        tmp_path / "run",
+        fixed=stage(pairs, **many),
+        hard=stage(pairs, **many, sync_every=1),
+        soft=stage(pairs, **many, sync_every=1, sync_mix=0.5),
+        adapted=stage(pairs, **many, sync_every=2, lora={"rank": 2}),
+    )
+    losses = {
+        name: [row["loss/dpo"] for row in read_jsonl(next(out.glob(f"stages/*-{name}")) / "metrics.jsonl")]
+        for name in ("fixed", "hard", "soft", "adapted")
+    }
+    assert losses["hard"] == pytest.approx([0.6931] * len(losses["hard"]), abs=1e-4)
+    assert losses["fixed"][-1] < losses["soft"][-1] < 0.6931
+    assert losses["adapted"][2] == pytest.approx(0.6931, abs=1e-4) != losses["adapted"][1]
+    assert done(out, "hard")["fresh/kl"]["mean"] > done(out, "fixed")["fresh/kl"]["mean"]
+    rows = read_jsonl(next(out.glob("stages/*-hard")) / "metrics.jsonl")
+    assert rows[3]["eval/loss"] != 0.6931 and done(out, "hard")["held_out/loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sync_every": 1, "reference": "none"}, "sync_every is 1 and reference is none"),
+        ({"sync_every": 1, "sync_mix": 0.5, "lora": {"rank": 2}}, "mixed adapters are no mixture"),
+        ({"sync_every": 1, "loss": {"name": "simpo"}}, "sync_every is 1 and 'simpo' has no reference; set it to 0"),
+    ],
+)
+def test_a_reference_that_cannot_follow_is_refused(
+    change: dict[str, Any], words: str, pairs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(tmp_path / "run", dpo=stage(pairs, **change))
+    assert not (tmp_path / "run").exists()
+
+
+class Short:
+    """A rule as a scorer: the shorter, the better."""
+
+    name = "short"
+
+    def score(self, samples: Sequence[Sample]) -> list[Score]:
+        return [Score(-float(len(sample.ids))) for sample in samples]
+
+
+def short() -> Short:
+    return Short()
+
+
+def online(**changes: Any) -> dict[str, Any]:
+    values = dict(small.recipe()["stages"]["online"]) | {"model": BASE, "reward": "test_prefer:short"}
+    return values | changes
+
+
+def test_an_online_stage_learns_from_a_rule(tmp_path: Path) -> None:
+    optim = {**small.OPTIM, "batch_size": 16, "learning_rate": 1e-3}
+    longer = {
+        "rounds": 12,
+        "prompts_per_round": 16,
+        "sampling": {"max_new_tokens": 24},
+        "sync_every": 0,
+        "optim": optim,
+    }
+    out = run(tmp_path / "run", best=online(**longer, pairing="best_worst"), all=online(**longer, loss={"name": "ipo"}))
+    for name in ("best", "all"):
+        rows = read_jsonl(next(out.glob(f"stages/*-{name}")) / "metrics.jsonl")
+        assert len(rows) == 12 and rows[0]["rollout/kl_k1"] == pytest.approx(0, abs=1e-4)
+        assert rows[-1]["rollout/score"] > rows[0]["rollout/score"] + 2 and rows[-1]["rollout/kl_k1"] > 0.1
+        found = done(out, name)
+        assert found["fresh/length"]["mean"] < found["fresh/length_before"]["mean"]
+        assert found["steps"] == 12 and found["stopped"] is None
+
+
+def test_a_round_may_be_several_steps(tmp_path: Path) -> None:
+    out = run(tmp_path / "run", iterative=online(rounds=2, epochs=2, optim={**small.OPTIM, "batch_size": 6}))
+    rows = read_jsonl(next(out.glob("stages/*-iterative")) / "metrics.jsonl")
+    assert [("rollout/score" in row) for row in rows] == [False, False, False, True] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"loss": {"name": "kto"}}, "loss.name is 'kto', over thumbs; an online stage makes comparisons"),
+        ({"num_samples": 1}, "num_samples is 1"),
+        ({"reward": "test_prefer:nothing"}, "nothing"),
+    ],
+)
+def test_an_online_stage_that_cannot_be_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(kilter.errors.KilterError, match=words):
+        run(tmp_path / "run", online=online(**change))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ({}, "two models: policy and reference, and the reward model: "),
+        (
+            {"lora": {"rank": 2}, "sync_every": 0},
+            "one trunk: the policy's adapter on the reference, and the reward model: ",
+        ),
+        ({"loss": {"name": "simpo"}}, "one model: the policy, and the reward model: "),
+    ],
+)
+def test_a_dry_run_of_an_online_stage_shows_its_prompts(kind: dict[str, Any], words: str) -> None:
+    text = plan(parse({"stages": {"a": online(**kind)}}, ""))
+    assert words in text and "  prompt    " in text and "  response" not in text
+
+
+def test_a_dry_run_says_how_much_memory_the_loss_needs(pairs: Path) -> None:
+    """P float32 parameters: 16 bytes each with gradient and moments, 4 frozen."""
+    needed = {}
+    for name, change in {"two": {}, "one": {"reference": "none"}, "lora": {"lora": {"rank": 2}}}.items():
+        text = plan(parse({"stages": {"a": stage(pairs, **change)}}, ""))
+        needed[name] = float(text.split("resident in this stage: ")[1].split(": ")[-1].split(" GiB")[0])
+    parameters = policy_trunk(str(world.MODEL_PATH)).models["policy"].num_parameters()
+    assert needed["two"] == pytest.approx(20 * parameters / 2**30, abs=0.001)
+    assert needed["one"] == pytest.approx(16 * parameters / 2**30, abs=0.001)
+    assert 4 * parameters / 2**30 - 0.001 < needed["lora"] < 6 * parameters / 2**30

@@ -57,6 +57,7 @@ def test_tasks_wait_for_what_they_read_and_for_nothing_else() -> None:
         "evaluation of sft": {"sft", "reward"},
         "evaluation of best_of_n": {"sft", "reward", "best_of_n"},
         "evaluation of ppo": {"sft", "reward", "ppo"},
+        "online": {"sft", "reward"},
     }
 
 

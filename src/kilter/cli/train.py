@@ -1,4 +1,4 @@
-"""`kilter sft | reward | prefer | rl | eval`: one stage as a run of its own."""
+"""`kilter sft | reward | prefer | rl | eval`: one stage as a run of its own; `kilter prefer --online` another kind."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ EXAMPLES = {
     "sft": "kilter sft --model runs/base --data demos.jsonl --optim.learning-rate 1e-3 --out runs/sft",
     "reward": "kilter reward --model runs/sft/stages/01-sft/result --data pairs.jsonl --out runs/reward",
     "prefer": "kilter prefer --model runs/sft/stages/01-sft/result --data pairs.jsonl --loss.beta 0.1 --out runs/dpo",
+    "online": "kilter prefer --online --model SFT_FOLDER --reward REWARD_FOLDER --prompts prompts.jsonl",
     "rl": "kilter rl --model SFT_FOLDER --reward REWARD_FOLDER --prompts prompts.jsonl --out runs/ppo",
     "eval": "kilter eval --config evaluation.yaml --out runs/eval",
 }
@@ -22,10 +23,14 @@ EXAMPLES = {
 def run(command: str, argv: list[str]) -> int:
     """Build a recipe of one stage from a YAML file and the options on top, and run it."""
     path, words = config_file(argv)
+    prog = f"kilter {command}"
+    if command == "prefer" and "--online" in words:
+        command, prog = "online", f"{prog} --online"
+        words = [word for word in words if word != "--online"]
     kind = STAGES[command]
     options_type: Any = type(f"{command.title()}Options", (kind, RunOptions), {"__doc__": kind.__doc__})
     default = partial(options_type, stage_values(path, command), str(path or "options"))
-    options = parse(options_type, words, prog=f"kilter {command}", default=default, example=EXAMPLES[command])
+    options = parse(options_type, words, prog=prog, default=default, example=EXAMPLES[command])
     recipe = Recipe(name=command, stages={command: stage_of(kind, options)})  # type: ignore[dict-item]
     out = options.out or Path("runs") / command
     if command == "eval" and not options.models:

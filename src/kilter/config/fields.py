@@ -64,6 +64,24 @@ class Source(DataRef):
     """Scored tokens: those of the assistant's turns, or all. A document is scored whole."""
 
 
+Ref = TypeVar("Ref", bound=DataRef)
+
+
+def _as_ref(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _given(value: Ref) -> Ref:
+    if not value.path:
+        raise ValueError("path is empty; name a file, an earlier stage, a function or a hub data set")
+    return value
+
+
+Required = Annotated[DataRef, BeforeValidator(_as_ref), AfterValidator(_given)]
+RequiredSource = Annotated[Source, BeforeValidator(_as_ref), AfterValidator(_given)]
+Possible = Annotated[DataRef, BeforeValidator(_as_ref)]
+
+
 class Optim(Model):
     """AdamW, its schedule, and how a step is made of micro-batches. None of the latter changes what is learned."""
 
@@ -176,6 +194,17 @@ def _number(value: Any) -> Any:
     return value
 
 
+class Probe(Model):
+    """What is measured when preference optimisation ends: the policy beside the model it started from."""
+
+    prompts: Annotated[int, Field(ge=0)] = 64
+    """Prompts that both answer, held-out ones where there are any: KL, length, entropy; 0: nothing is measured."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 64
+    """Length limit of these answers, tokens."""
+    text: Possible = NOTHING
+    """Plain text (`kind: document` rows) whose loss should not rise. Default: the words of those prompts."""
+
+
 class PpoConfig(Model):
     """PPO's numbers (Schulman et al. 2017; Ziegler et al. 2019; Stiennon et al. 2020)."""
 
@@ -219,21 +248,3 @@ class PpoConfig(Model):
     """Learning rate of the value function; none given: the policy's."""
     value_from_reward: bool = True
     """Start the value function from the reward model; otherwise from the policy."""
-
-
-Ref = TypeVar("Ref", bound=DataRef)
-
-
-def _as_ref(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-def _given(value: Ref) -> Ref:
-    if not value.path:
-        raise ValueError("path is empty; name a file, an earlier stage, a function or a hub data set")
-    return value
-
-
-Required = Annotated[DataRef, BeforeValidator(_as_ref), AfterValidator(_given)]
-RequiredSource = Annotated[Source, BeforeValidator(_as_ref), AfterValidator(_given)]
-Possible = Annotated[DataRef, BeforeValidator(_as_ref)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from kilter.config.fields import DataRef, Model, Name
+from kilter.config.fields import DataRef, Model, Name, Probe
 from kilter.config.stages import NO_REFERENCE, STAGES, AnyStage, Stage
 from kilter.errors import ConfigError
 
@@ -52,6 +52,8 @@ def stage_inputs(stage: Stage) -> list[tuple[str, str]]:
             found.append((name, value))
         elif isinstance(value, DataRef) and value.path:
             found.append((name, value.path))
+        elif isinstance(value, Probe) and value.text.path:
+            found.append((f"{name}.text", value.text.path))
         elif name == "mix":
             found += [(f"mix[{at}]", item.path) for at, item in enumerate(value) if isinstance(item, DataRef)]
         elif name == "models":
@@ -143,6 +145,4 @@ def _fields_at(path: list[str], raw: Any) -> list[str]:
         field = model.model_fields.get(part)
         if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Model):
             model = field.annotation
-        elif part in ("data", "prompts", "annotator", "truth", "measure", "demonstrations", "oracle", "stop_measure"):
-            model = DataRef
     return list(model.model_fields)

@@ -16,6 +16,7 @@ from kilter.config.fields import (
     Possible,
     PpoConfig,
     Precision,
+    Probe,
     Required,
     RequiredSource,
     SamplingConfig,
@@ -99,35 +100,95 @@ class RewardStage(Stage):
     precision: Precision = Precision()
 
 
-class PreferStage(Stage):
-    """Preference optimisation: DPO and its family."""
+class _WithLoss(Stage):
+    """What stages of preference optimisation share."""
 
-    stage: Literal["prefer"] = "prefer"
-    model: str
-    """Policy to start from."""
-    data: Required
-    """Preference pairs, rankings, or an earlier `collect` stage; for a loss over thumbs, feedback."""
     loss: LossConfig = LossConfig()
     mix: tuple[LossConfig, ...] = ()
     """More losses over the same data, added with their weights: `[{name: nll, weight: 0.2}]`."""
     reference: str = ""
     """Frozen model to measure from: a folder, a hub name or an earlier stage; empty: the policy as it starts;
     `none`: its log-probs count as 0."""
+    sync_every: Annotated[int, Field(ge=0)] = 0
+    """Steps, online rounds, after which the reference follows the policy (TR-DPO, arXiv 2404.09656); 0: it stays."""
+    sync_mix: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the policy in the reference that follows it. 1 with `sync_every` of hundreds, or 0.5 to 0.6 with 1."""
+    probe: Probe = Probe()
+    snapshots: Annotated[int, Field(ge=0)] = 0
+    """Keep so many policies along the way, evenly spaced, for the picture of reward against KL."""
+    lora: Lora = Lora()
+    precision: Precision = Precision()
+
+    @model_validator(mode="after")
+    def _reference_can_follow(self) -> Self:
+        if self.sync_every and self.reference == NO_REFERENCE:
+            raise ValueError(f"sync_every is {self.sync_every} and reference is none; leave one of them out")
+        if self.sync_every and self.lora.rank and self.sync_mix < 1:
+            raise ValueError(
+                f"sync_mix is {self.sync_mix:g} and lora.rank {self.lora.rank}: mixed adapters are no mixture of what "
+                "they add; set sync_mix to 1, or lora.rank to 0"
+            )
+        return self
+
+
+class PreferStage(_WithLoss):
+    """Preference optimisation: DPO and its family, from pairs, rankings or thumbs."""
+
+    stage: Literal["prefer"] = "prefer"
+    model: str
+    """Policy to start from."""
+    data: Required
+    """Preference pairs, rankings, or an earlier `collect` stage; for a loss over thumbs, feedback."""
     heaviest: Annotated[int, Field(ge=0)] = 50
     """List so many of the training pairs that the trained policy still orders most wrongly, `heaviest.jsonl`: the first
     to look at for wrong labels; 0: none, and no pass over the data for it."""
     reference_cache: bool = True
     """Keep the reference's log-probs on disk for the next run, by weights and tokens, in KILTER_CACHE or the user's
     cache folder; what is read is verified."""
-    snapshots: Annotated[int, Field(ge=0)] = 0
-    """Keep so many policies along the way, evenly spaced, for the picture of reward against KL."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the data."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of prompts kept for evaluation."""
     optim: Optim = Optim()
-    lora: Lora = Lora()
-    precision: Precision = Precision()
+
+
+class OnlineStage(_WithLoss):
+    """Online preference optimisation: sample from the policy, score, pair, update with any loss over comparisons.
+
+    One step a round is online DPO (Guo et al. 2024); rounds of many prompts and several epochs are iterative DPO.
+    """
+
+    stage: Literal["online"] = "online"
+    model: str
+    """Policy to start from."""
+    reward: str
+    """What scores: an earlier stage, a reward model's folder, or `package.module:function` of a scorer."""
+    prompts: Required
+    """Prompts to answer."""
+    pairs: Possible = NOTHING
+    """Held-out pairs on which the reward must prefer the better answer, or training is refused. Default: those that
+    the reward stage kept aside."""
+    rounds: Annotated[int, Field(gt=0)] = 50
+    """How many times the policy is sampled."""
+    prompts_per_round: Annotated[int, Field(gt=0)] = 64
+    """Prompts sampled each time; `optim.batch_size` of them make a step."""
+    num_samples: Annotated[int, Field(gt=1)] = 2
+    """Answers to each of them."""
+    sampling: SamplingConfig = SamplingConfig()
+    pairing: Literal["best_worst", "all"] = "best_worst"
+    """Compare the best and the worst answer to a prompt, or all of them, each pair weighing by its scores' gap."""
+    min_margin: Annotated[float, Field(ge=0)] = 0.0
+    """Leave out prompts whose best and worst answer are closer than this, in the reward's unit."""
+    truncation_penalty: Annotated[float, Field(ge=0)] = 1.0
+    """Taken from the score of an answer that met the length limit, in the reward's unit."""
+    epochs: Annotated[int, Field(gt=0)] = 1
+    """Passes over a round's pairs."""
+    optim: Optim = Optim(learning_rate=1e-6, batch_size=64)
+
+    @property
+    def minibatches(self) -> int:
+        """Steps of one pass over a round."""
+        return -(-self.prompts_per_round // self.optim.batch_size)
 
 
 class RlStage(Stage):
@@ -248,7 +309,7 @@ class EvalStage(Stage):
 
 
 AnyStage = Annotated[
-    SftStage | CollectStage | RewardStage | PreferStage | RlStage | BestOfNStage | EvalStage,
+    SftStage | CollectStage | RewardStage | PreferStage | OnlineStage | RlStage | BestOfNStage | EvalStage,
     Field(discriminator="stage"),
 ]
 
@@ -257,6 +318,7 @@ STAGES: dict[str, type[Stage]] = {
     "collect": CollectStage,
     "reward": RewardStage,
     "prefer": PreferStage,
+    "online": OnlineStage,
     "rl": RlStage,
     "best_of_n": BestOfNStage,
     "eval": EvalStage,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from kilter.data.chat import ChatEncoder
+from kilter.models.attention import text_config
 from kilter.models.generation import Completion, Sampling, generate
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Sample, Score, Scorer
@@ -68,3 +70,10 @@ def score_rollouts(scorer: Scorer, rollouts: Sequence[Sequence[Rollout]]) -> lis
     """All scores in one call, in the shape of `rollouts`."""
     scores = iter(scorer.score([rollout.sample for answers in rollouts for rollout in answers]))
     return [[next(scores) for _ in answers] for answers in rollouts]
+
+
+def positions(trunk: Trunk, roles: Iterable[str]) -> float:
+    """The smallest number of positions among the models of these roles; infinite where none has a limit."""
+    models = {trunk.roles[role].model for role in roles}
+    limits = [getattr(text_config(trunk.models[name].config), "max_position_embeddings", None) for name in models]
+    return min((float(limit) for limit in limits if limit is not None), default=math.inf)

@@ -45,7 +45,7 @@ def measure_path(evaluation: Evaluation, name: str, value: str) -> None:
         path.best_of_n(name, json.loads((folder.result / "best_of_n.json").read_text(encoding="utf-8")))
         return
     points = snapshots_in(folder.path)
-    if points or stages[value].stage in ("prefer", "rl"):
+    if points or stages[value].stage in ("prefer", "online", "rl"):
         last = int((folder.done or {}).get("steps", 0))
         for step, snapshot in [*points, (last, folder.result)]:
             path.policy(name, step, snapshot)

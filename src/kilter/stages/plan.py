@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kilter.config import PreferStage, Recipe, RewardStage, RlStage, SftStage, Stage, dump
+from kilter.config import OnlineStage, PreferStage, Recipe, RewardStage, RlStage, SftStage, dump
 from kilter.errors import KilterError
 from kilter.models.load import load_config, load_tokenizer
-from kilter.report.needs import GIB, Shape, memory
+from kilter.report.needs import GIB, TRAINED_BYTES, Shape, memory
 from kilter.rundir import RunDir
 from kilter.stages.context import Context
+from kilter.stages.prefer import objective_of, record_kind
 from kilter.stages.progress import Watch
-from kilter.stages.supervised import first_groups, objective_of
+from kilter.stages.training import convert, equip
 from kilter.tree import Group
 
 SHOWN_TOKENS = 120
+FLOAT32_BYTES = 4
+Trains = SftStage | RewardStage | PreferStage | OnlineStage | RlStage
 
 
 def plan(recipe: Recipe) -> str:
@@ -30,7 +33,7 @@ def plan(recipe: Recipe) -> str:
 
 def _stage(context: Context) -> list[str]:
     stage = context.stage
-    if not isinstance(stage, SftStage | RewardStage | PreferStage | RlStage):
+    if not isinstance(stage, Trains):
         return ["trains nothing"]
     if stage.model in context.recipe.stages:
         return [f"starts from stage {stage.model!r}, which has not run: its memory is that of the stage's model"]
@@ -38,7 +41,7 @@ def _stage(context: Context) -> list[str]:
     return [*_memory(stage, load_config(folder)), *_first_batch(context, folder)]
 
 
-def _memory(stage: Stage, config: Any) -> list[str]:
+def _memory(stage: Trains, config: Any) -> list[str]:
     """GiB of weights in three ways of holding the roles; formulas in `kilter.report.needs`."""
     shape = shape_of(config)
     four, two, one = memory(shape)
@@ -49,20 +52,31 @@ def _memory(stage: Stage, config: Any) -> list[str]:
         f"  as roles on one trunk  {one:8.3f} GiB   (LoRA rank 16)",
         f"  beside them, for activations or the cache of a rollout, about {shape.working_bytes / GIB:.3f} GiB",
     ]
-    return [*lines, f"resident in this stage: {_resident(stage)}"]
+    whole, trained, frozen = _resident(stage)
+    adapter = shape.adapter(stage.lora.rank) if stage.lora.rank else shape.parameters
+    held = (TRAINED_BYTES * trained * adapter + FLOAT32_BYTES * frozen * shape.parameters) / GIB
+    return [*lines, f"resident in this stage: {whole}: {held:.3f} GiB in float32"]
 
 
-def _resident(stage: Stage) -> str:
-    """The models that a stage holds; of a preference loss, as many as it asks for."""
+def _resident(stage: Trains) -> tuple[str, int, int]:
+    """The models that a stage holds, in words; how many are trained (with LoRA: adapters), how many whole ones frozen.
+
+    Of a preference loss, as many as it asks for.
+    """
+    lora = bool(stage.lora.rank)
     if isinstance(stage, RlStage):
-        return "four models: policy, reference, value, reward (one trunk with LoRA)"
+        if lora:
+            return "three models: policy and reference on one, value, reward", 2, 3
+        return "four models: policy, reference, value, reward", 2, 2
     if isinstance(stage, RewardStage):
-        return "one model: the reward model"
-    if isinstance(stage, SftStage) or not (isinstance(stage, PreferStage) and objective_of(stage).needs_reference):
-        return "one model: the policy"
-    if stage.lora.rank and not stage.reference:
-        return "one trunk: the policy's adapter on the reference"
-    return "two models: policy and reference"
+        return "one model: the reward model", 1, int(lora)
+    scorer = isinstance(stage, OnlineStage)
+    beside = ", and the reward model" if scorer else ""
+    if isinstance(stage, SftStage) or not objective_of(stage).needs_reference:
+        return f"one model: the policy{beside}", 1, lora + scorer
+    if lora and not stage.reference:
+        return f"one trunk: the policy's adapter on the reference{beside}", 1, 1 + scorer
+    return f"two models: policy and reference{beside}", 1, 1 + lora + scorer
 
 
 def shape_of(config: Any) -> Shape:
@@ -85,7 +99,7 @@ def shape_of(config: Any) -> Shape:
 
 def _first_batch(context: Context, folder: str) -> list[str]:
     try:
-        groups = first_groups(context, folder)
+        groups = _first_groups(context, folder)
     except KilterError as err:
         return [f"no first batch: {err}"]
     tokenizer = load_tokenizer(folder)
@@ -93,6 +107,21 @@ def _first_batch(context: Context, folder: str) -> list[str]:
     for group in groups:
         lines += _shown(tokenizer, group)
     return lines
+
+
+def _first_groups(context: Context, folder: str) -> list[Group]:
+    """The first groups that a stage would train on; of one that samples, the prompts it would answer."""
+    stage = context.stage
+    equipment = equip(context, folder)
+    if isinstance(stage, RlStage | OnlineStage):
+        prompts = context.records("prompts", stage.prompts, "prompt")[:2]
+        return [Group(equipment.encoder.prompt(prompt.prompt), ()) for prompt in prompts]
+    assert isinstance(stage, SftStage | RewardStage | PreferStage)
+    if isinstance(stage, SftStage):
+        records = context.records("data", stage.data, stage.data.kind)
+        return convert(context, equipment, records[:2], stage.optim, "first batch", stage.data.score).groups
+    records = context.records("data", stage.data, record_kind(stage) if isinstance(stage, PreferStage) else "ranking")
+    return convert(context, equipment, records[:2], stage.optim, "first batch").groups
 
 
 def _shown(tokenizer: Any, group: Group) -> list[str]:

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from kilter import data
-from kilter.config import RlStage
+from kilter.config import OnlineStage, RlStage
 from kilter.data.chat import ChatEncoder
 from kilter.models.build import load_reward_model, ppo_trunk
 from kilter.models.load import load_tokenizer
 from kilter.models.save import save_causal_lm
 from kilter.records import PreferencePair, Prompt, Scorer
 from kilter.rollout.collect import Rollout
-from kilter.rollout.ppo import PPOSource, Verdict
+from kilter.rollout.ppo import PPOSource
 from kilter.rollout.reward import paid_rewards
+from kilter.rollout.source import Verdict
 from kilter.scorers.check import check_scorer
 from kilter.scorers.load import load_scorer
 from kilter.scorers.reward_model import RewardModelScorer
@@ -59,8 +60,8 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     objective = ppo(clip_range=numbers.clip_range, clip_range_value=numbers.clip_range_value, vf_coef=numbers.vf_coef)
     trunk.train_only(*objective.roles)
     require(*check_signs(partial(paid_rewards, kl_coef=numbers.kl_coef), kl_penalty=numbers.kl_coef > 0))
-    accuracy = _check_reward(context, stage, scorer)
-    gap = check_trunk(context, trunk, "policy", _probe(equipment, prompts), stage.precision)
+    accuracy = check_reward(context, stage, scorer)
+    gap = check_trunk(context, trunk, "policy", prompt_groups(equipment, prompts), stage.precision)
     last_good = None
     if stage.stop_below:
         measure = context.function("stop_measure", stage.stop_measure)
@@ -116,7 +117,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     }
 
 
-def _check_reward(context: Context, stage: RlStage, scorer: Scorer) -> dict[str, Any] | None:
+def check_reward(context: Context, stage: RlStage | OnlineStage, scorer: Scorer) -> dict[str, Any] | None:
     """The reward prefers the better of held-out pairs, or the run is refused; None: there were no pairs to ask."""
     pairs: list[PreferencePair] = []
     if stage.pairs.path:
@@ -133,7 +134,7 @@ def _check_reward(context: Context, stage: RlStage, scorer: Scorer) -> dict[str,
     return found.accuracy.to_dict()
 
 
-def _probe(equipment: Equipment, prompts: Sequence[Prompt]) -> list[Group]:
+def prompt_groups(equipment: Equipment, prompts: Sequence[Prompt]) -> list[Group]:
     """Groups for the both-ways check: prompts answered by their own first tokens."""
     found = []
     for prompt in prompts[:8]:

@@ -20,10 +20,11 @@ from kilter.stages.context import Context
 from kilter.stages.curve import write_curve
 from kilter.stages.evaluate import Evaluation
 from kilter.stages.inputs import fingerprints
+from kilter.stages.prefer import check_losses, run_online, run_prefer
 from kilter.stages.progress import Watch
 from kilter.stages.reinforce import run_rl
 from kilter.stages.summary import evaluate, write_summary
-from kilter.stages.supervised import check_losses, run_prefer, run_reward, run_sft
+from kilter.stages.supervised import run_reward, run_sft
 from kilter.stages.workers import side_by_side
 
 
@@ -40,6 +41,7 @@ RUNNERS: dict[str, Callable[[Context, Any], dict[str, Any]]] = {
     "collect": run_collect,
     "reward": run_reward,
     "prefer": run_prefer,
+    "online": run_online,
     "rl": run_rl,
     "best_of_n": run_best_of_n,
     "eval": _run_eval,
@@ -49,7 +51,9 @@ RUNNERS: dict[str, Callable[[Context, Any], dict[str, Any]]] = {
 def prepare(recipe: Recipe) -> None:
     """Set this process up for the stages of `recipe`."""
     transformers.utils.logging.disable_progress_bar()  # ours is on the screen already
-    torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // recipe.jobs))
+    # Of the cores this process may use: more threads than cores wait for each other.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(recipe.threads or max(1, cores // recipe.jobs))
 
 
 def run_stage(context: Context, seconds: float = 0.0) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from kilter.config import Lora as LoraConfig
 from kilter.config import Optim, Precision
 from kilter.data.chat import ChatEncoder
+from kilter.data.split import split_by_prompt
 from kilter.models.check import both_ways
 from kilter.models.load import DTYPES, load_tokenizer
 from kilter.models.roles import Lora
@@ -160,6 +161,24 @@ def convert(
     )
     context.watch.say(f"  {what}: {len(records)} records, {len(found.groups)} groups, {found.tally}")
     return found
+
+
+class Read(NamedTuple):
+    """A stage's records and their groups, those to train on and those kept for evaluation."""
+
+    records: Sequence[Any]
+    held_records: Sequence[Any]
+    groups: list[Group]
+    held: list[Group]
+
+
+def read_split(context: Context, equipment: Equipment, stage: Any, kind: str, score: Score = "responses") -> Read:
+    """Reads `stage.data` and sets `stage.held_out` of its prompts aside."""
+    records = context.records("data", stage.data, kind)
+    learned, held = split_by_prompt(records, held_out=stage.held_out, seed=context.seed("split"))
+    groups = convert(context, equipment, learned, stage.optim, "training", score).groups
+    kept = convert(context, equipment, held, stage.optim, "held out", score).groups if held else []
+    return Read(learned, held, groups, kept)
 
 
 def train(

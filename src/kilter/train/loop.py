@@ -25,7 +25,9 @@ from kilter.tree import Batch
 class BatchSource(Protocol):
     """Where the micro-batches of each step come from: records, rollouts, activations."""
 
-    def next_step(self) -> Sequence[Batch]: ...
+    def next_step(self) -> Sequence[Batch]:
+        """The next step's micro-batches; none where there is nothing more to learn from, and training ends."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -259,7 +261,11 @@ def fit(
         failures = failures or checkpoints.folder.parent / "failures"
     while state.step < steps and not state.stopped:
         start = time.perf_counter()
-        figures = train_step(state, objective, source.next_step(), max_grad_norm=max_grad_norm, failures=failures)
+        batches = source.next_step()
+        if not batches:
+            state.stopped = True
+            break
+        figures = train_step(state, objective, batches, max_grad_norm=max_grad_norm, failures=failures)
         figures["seconds"] = time.perf_counter() - start
         ended = state.step == steps
         best_so_far = False
