@@ -257,6 +257,8 @@ def metric_rows(stage: str) -> list[dict[str, Any]]:
                 "rewards/accuracy": 0.75 - 0.25 * down,
                 "rewards/margin": 1 - down,
             }
+            if stage == "dpo":
+                row |= {"displacement/chosen": -3 * (1 - down), "displacement/rejected": -9 * (1 - down)}
         rows.append(row)
     return rows
 
@@ -278,6 +280,10 @@ def build_run(folder: Path, *, seeds: int = 1, hostile: bool = True, without: tu
     for place, stage in enumerate(["sft", "collect", "reward", "dpo", "ppo", "ppo_without_kl"]):
         if stage != "collect" and "metrics.jsonl" not in without:
             write_rows(folder / f"stages/{place:02d}-{stage}/metrics.jsonl", metric_rows(stage))
+    if "heaviest.jsonl" not in without:
+        text = HOSTILE + TRICKS if hostile else "It is green."
+        row = {"weight": 0.97, "margin": -3.5, "prompt": QUESTIONS["fact"], "chosen": text, "rejected": GOOD["fact"]}
+        write_rows(folder / "stages/03-dpo/heaviest.jsonl", [row] * 7)
     return folder
 
 

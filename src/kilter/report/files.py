@@ -16,6 +16,8 @@ What the stages write, and the report reads (every part may be missing; a missin
                     the both-ways gap, the truth audit, ...
     claims          [{"claim", "held": true | false | null, "figure": figure | number | text}]
     not_measured    [text, ...]
+    stages          {stage: what it said at its end}: of preference optimisation `fresh/...`, `plain_text/...` (figures)
+                    and `pair_weights/histogram` (counts in equal parts of [0, 1])
     work            optional, {stage: {"trained_tokens", "sampled_tokens", "scored_tokens"}}: for the estimate of what
                     a larger model would cost. A token trained on twice counts twice.
 
@@ -31,6 +33,7 @@ What the stages write, and the report reads (every part may be missing; a missin
                             curve. The same three prompts at every point; method "sft", step 0, is the answer before.
 `evaluation/<model>.jsonl`  one row an evaluated answer: {"prompt_id", "prompt", "kind", "text", "finished",
                             "true_reward", "proxy_reward", ...}; several answers of one prompt are averaged.
+`stages/NN-name/heaviest.jsonl` {"weight", "prompt", "chosen", "rejected"}: the pairs that a policy is most against.
 `stages/NN-name/metrics.jsonl`  {"step", "seconds", "loss/...": float, "rewards/...": float, ...}
 """
 
@@ -58,6 +61,7 @@ class RunFiles:
     answers: list[Row] = field(default_factory=list)
     evaluated: dict[str, list[Row]] = field(default_factory=dict)
     metrics: dict[str, list[Row]] = field(default_factory=dict)
+    heaviest: dict[str, list[Row]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -90,6 +94,9 @@ def read_run(folder: Path) -> RunFiles:
         answers=_rows(evaluation / "answers.jsonl", folder, problems),
         evaluated=evaluated,
         metrics=metrics,
+        heaviest={
+            path.parent.name: _rows(path, folder, problems) for path in sorted(folder.glob("stages/*/heaviest.jsonl"))
+        },
         problems=problems,
     )
 

@@ -38,6 +38,7 @@ from kilter.report.figures import (
 from kilter.report.files import RunFiles, listing, section, text_of
 from kilter.report.headline import change_from_sft, headline, hero
 from kilter.report.needs import SUSTAINED_FLOPS, needs, read_work
+from kilter.report.preferences import preference_stages
 from kilter.report.training import draw_chart, stage_charts
 
 _GOOD = {"pass", "passed", "ok", "good", "yes", "true", "held", "holds"}
@@ -187,6 +188,7 @@ def report_context(run: RunFiles) -> dict[str, Any]:
         "by_kind_models": ordered(dict.fromkeys(model for row in kinds.values() for model in row)),
         "stages": stage_charts(run),
         "draw_chart": draw_chart,
+        "preferences": preference_stages(run),
         "timings": timings(run),
         "table": full_table(run),
         "demonstrators": demonstrators(run),
