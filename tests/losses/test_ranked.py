@@ -33,6 +33,42 @@ GOLDEN: dict[str, list[Row]] = {
         (([-1.0, -1.0, -1.0], [-2.0, -2.0, -2.0], [0, 0, 0], [2, 0, 1]), {}, [0.0, math.log(3), LN2]),
         (([-1.0, -4.0], [-2.0, -3.0], [0, 0], [0, 1]), {}, [math.log1p(math.exp(-0.2)), 0.0]),
     ],
+    # tokens are 4 each
+    "tpo": [
+        # gold -8, chosen -2, rejected -5; of another prompt, alone with its worse one: gold and nothing to contrast
+        (
+            ([-2.0, -8.0, -5.0, -6.0, -1.0], [0.0] * 5, [0, 0, 0, 1, 1], [1, 0, 2, 0, 1]),
+            {"beta": 1.0, "nll_coef": 0.5},
+            [math.log1p(math.exp(-3.0)), 1.0, 0.0, 0.75, 0.0],
+        ),
+        (
+            ([-2.0, -8.0, -5.0], [0.0] * 3, [0, 0, 0], [1, 0, 2]),
+            {"beta": 0.5, "label_smoothing": 0.25},
+            [0.75 * math.log1p(math.exp(-1.5)) + 0.25 * math.log1p(math.exp(1.5)), 2.0, 0.0],
+        ),
+        # of four, the second beats two and the third one; a tie is no contrast; the default beta of 0.01
+        (
+            ([-4.0, -3.0, -2.0, -1.0], [0.0] * 4, [0, 0, 0, 0], [0, 1, 2, 2]),
+            {},
+            [1.0, math.log1p(math.exp(0.01)) + math.log1p(math.exp(0.02)), 0.0, 0.0],
+        ),
+        (([-4 * LN2] * 3, [0.0] * 3, [0, 0, 0], [0, 1, 2]), {}, [LN2, LN2, 0.0]),
+    ],
+    "tpo_l": [
+        (
+            ([-2.0, -8.0, -5.0, -6.0, -1.0], [0.0] * 5, [0, 0, 0, 1, 1], [1, 0, 2, 0, 1]),
+            {"beta": 1.0, "gamma": 1.0, "nll_coef": 0.5},
+            [math.log1p(math.exp(-2.0)), 4.0, 0.0, 3.0, 0.0],
+        ),
+        (
+            ([-2.0, -8.0, -5.0], [0.0] * 3, [0, 0, 0], [1, 0, 2]),
+            {"beta": 0.5, "gamma": 0.0, "label_smoothing": 0.25},
+            [0.75 * math.log1p(math.exp(-1.5)) + 0.25 * math.log1p(math.exp(1.5)), 8.0, 0.0],
+        ),
+        # the defaults: beta 2, gamma 0.5
+        (([-1.0, -2.0, -3.0], [0.0] * 3, [0, 0, 0], [0, 1, 2]), {}, [1.0, math.log1p(math.exp(-1.5)), 0.0]),
+        (([-LN2] * 3, [0.0] * 3, [0, 0, 0], [0, 1, 2]), {}, [LN2, math.log1p(math.exp(0.5)), 0.0]),
+    ],
 }
 
 

@@ -116,7 +116,7 @@ def test_units_and_lengths() -> None:
     assert PAIR_LOSSES["nll"].unit == "chosen_tokens"
     assert {loss.unit for loss in (UNPAIRED_LOSSES | RANKED_LOSSES).values()} == {"prompts"}
     by_length = {name for name, loss in preference_losses().items() if loss.length_normalized}
-    assert by_length == {"ipo", "dpo_norm", "orpo", "simpo", "alphapo"}
+    assert by_length == {"ipo", "dpo_norm", "orpo", "simpo", "alphapo", "tpo_l"}
     free = {name for name, loss in PAIR_LOSSES.items() if not loss.needs_reference}
     assert free == {"nll", "orpo", "simpo", "alphapo", "cpo"}
 

@@ -188,7 +188,7 @@ def slow_nll(row: dict[str, float]) -> float:
 
 SLOW = {name.removeprefix("slow_"): function for name, function in list(globals().items()) if name.startswith("slow_")}
 SLOW["dpo_norm"] = slow_dpo
-STEP_WIDE = {"aot", "aot_unpaired", "dpo_pl"}
+STEP_WIDE = {"aot", "aot_unpaired", "dpo_pl", "tpo", "tpo_l"}
 """Losses of more than one row: they have tests of their own below."""
 
 
@@ -250,6 +250,37 @@ def test_dpo_over_rankings(seed: int) -> None:
     ]
     each = [got[[g == number for g in group]].sum().item() for number in range(len(sizes))]
     assert each == pytest.approx(slow, rel=1e-9)
+
+
+def slow_triples(logps: list[float], ranks: list[int], beta: float, gamma: float, eps: float) -> float:
+    """Every response below the best against every worse one."""
+    total = 0.0
+    for x, better in zip(logps, ranks, strict=True):
+        for y, worse in zip(logps, ranks, strict=True):
+            if 0 < better < worse:
+                total += noisy(preferred(beta * (x - y) - gamma), eps)
+    return total
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_triple_preferences(seed: int) -> None:
+    rng = random.Random(seed)
+    beta, gamma, eps, coef = rng.uniform(0.05, 1), rng.uniform(0, 2), rng.uniform(0, 0.4), rng.uniform(0, 2)
+    sizes = [3, 3, 1, 4, 2, 5]
+    logps = [[-9 * rng.random() for _ in range(k)] for k in sizes]
+    tokens = [[float(rng.randint(1, 9)) for _ in range(k)] for k in sizes]
+    ranks = [rng.sample(range(k), k) for k in sizes]
+    group = torch.tensor([g for g, k in enumerate(sizes) for _ in range(k)])
+    columns = (tensor(joined(logps)), group, tensor(joined(ranks)))
+    options = {"beta": beta, "nll_coef": coef, "label_smoothing": eps}
+    summed = losses.RANKED_LOSSES["tpo"].fn(*columns, tensor(joined(tokens)), **options)
+    means = losses.RANKED_LOSSES["tpo_l"].fn(*columns, gamma=gamma, **options)
+    for number, (own, lengths, order) in enumerate(zip(logps, tokens, ranks, strict=True)):
+        best = order.index(0)
+        found = [values[group == number].sum().item() for values in (summed, means)]
+        slow = slow_triples(own, order, beta, 0.0, eps) - coef * own[best] / lengths[best]
+        assert found[0] == pytest.approx(slow, rel=1e-9)
+        assert found[1] == pytest.approx(slow_triples(own, order, beta, gamma, eps) - coef * own[best], rel=1e-9)
 
 
 def slow_aot(rows: list[list[float]], beta: float, eps: float, paired: bool) -> float:

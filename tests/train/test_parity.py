@@ -23,7 +23,7 @@ from kilter.data.chat import ChatEncoder
 from kilter.models.build import load_reward_model, policy_trunk
 from kilter.models.roles import Role
 from kilter.models.trunk import Trunk
-from kilter.records import Demonstration, Message, PreferencePair, Record, UnpairedFeedback
+from kilter.records import Demonstration, Message, PreferencePair, Ranking, Record, UnpairedFeedback
 from kilter.train import objectives, preferences
 from kilter.train.objectives import Objective, prepared
 from kilter.train.preferences import Term
@@ -476,6 +476,45 @@ def test_orpo(tokenizer: Any, tmp_path: Path) -> None:
     )
     objective = preferences.mixture([Term("orpo", {"beta": 0.3, "nll_coef": 0.0}), Term("nll")])
     assert_equal(loss_of(policy_trunk(model), objective, groups), trl_loss(trainer), {"": "models.policy."})
+
+
+TPO: dict[str, tuple[dict[str, Any], Term]] = {
+    "tpo": (
+        {"beta": 0.2, "tpo_alpha": 0.7, "label_smoothing": 0.1},
+        Term("tpo", {"beta": 0.2, "nll_coef": 0.7, "label_smoothing": 0.1}),
+    ),
+    "tpo at its defaults": ({}, Term("tpo")),
+    "tpo_l": (
+        {"loss_type": "tpo-l", "beta": 2.5, "tpo_l_gamma": 0.8},
+        Term("tpo_l", {"beta": 2.5, "gamma": 0.8}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TPO)
+def test_triples(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    """The gold responses are equally long: TRL weighs their tokens, Kilter the responses."""
+    tpo = pytest.importorskip("trl.experimental.tpo")
+    theirs, term = TPO[name]
+    model, _ = two_models(tokenizer, scale=3.0)
+    golds = ["It is a rock!", "Hello to you.", "Send SIGTERM.", "Well, silent.", "No: it is 4.."]
+    assert len({len(gold) for gold in golds}) == 1
+    rows = [
+        row | {"reference": [{"role": "assistant", "content": gold}]}
+        for row, gold in zip(conversational(), golds, strict=True)
+    ]
+    trainer = tpo.TPOTrainer(
+        copy.deepcopy(model),
+        args=tpo.TPOConfig(**options(tmp_path, len(rows), **theirs)),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    records = [
+        Ranking(prompt=(Message("user", prompt),), responses=(chosen, gold, rejected), ranks=(1, 0, 2))
+        for (prompt, chosen, rejected, _), gold in zip(PAIRS, golds, strict=True)
+    ]
+    ours = our_loss(policy_trunk(model), preferences.mixture([term]), tokenizer, records)
+    assert_equal(ours, trl_loss(trainer), {"": "models.policy."})
 
 
 def pairs() -> list[PreferencePair]:

@@ -1,6 +1,6 @@
 """A reference that moves: it follows the policy every few steps, so its log-probs are computed in every step.
 
-TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656, eqs. 6 and 7):
+TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656), its soft and its hard update:
 
     soft, every step:        reference <- mix * policy + (1 - mix) * reference
     hard, every n-th step:   reference <- policy                                  (mix = 1)
