@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kilter.config import LossConfig, PreferStage, Recipe, SftStage, Source, dump, load, parse, stage_inputs
+from kilter.config import LossConfig, PreferStage, Recipe, SftStage, Source, dump, load, parse, read_yaml, stage_inputs
 from kilter.errors import ConfigError
 
 EVAL = {"stage": "eval", "models": {"a": "m"}, "reference": "m", "prompts": "p.jsonl"}
@@ -121,3 +121,12 @@ def test_what_yaml_itself_cannot_take_is_one_line(tmp_path: Path, text: str) -> 
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"r\.yaml(:\d+)?: .*mend the YAML"):
         load(path)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("stages:\n  sft: {stage: sft}\n  dpo: {stage: prefer}\n  sft: {stage: sft}\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml:4: the key 'sft' stands twice"):
+        load(path)
+    path.write_text("base: &base {model: m, data: d}\nstages: {a: {<<: *base, stage: sft}, b: {<<: *base, stage: sft}}")
+    assert set(read_yaml(path)["stages"]["a"]) == {"model", "data", "stage"}

@@ -78,6 +78,19 @@ def load(path: Path) -> Recipe:
     return parse(read_yaml(path), str(path))
 
 
+class _OnceEach(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's own readers keep the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
+                problem = f"the key {key.value!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Any:
     """The plain values of a YAML file."""
     try:
@@ -87,7 +100,7 @@ def read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"{path}: cannot be read ({err}); a recipe is a UTF-8 YAML file") from err
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_OnceEach)  # a safe loader
     except (yaml.YAMLError, ValueError, RecursionError) as err:  # ValueError: a date that is none, a number too long
         mark = getattr(err, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
