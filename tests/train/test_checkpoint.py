@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_run_is_refused(make: Any, tmp_path: Path) -> No
     (folder / "step-000001" / "state.json").write_text('{"format": 99, "step": 1, "stopped": false, "processes": 1}')
     with pytest.raises(RunError, match="layout 99"):
         store.load(1, narrow, {})
-    (folder / "step-000001" / "state.json").write_text('{"format": 1, "step": 1, "stopped": false, "processes": 2}')
+    (folder / "step-000001" / "state.json").write_text('{"format": 2, "step": 1, "stopped": false, "processes": 2}')
     with pytest.raises(RunError, match="written by 2 processes, and now there are 1"):
         store.load(1, narrow, {})
 

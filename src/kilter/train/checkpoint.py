@@ -29,7 +29,7 @@ from kilter.train import distributed
 from kilter.train.optimizer import trained_parameters
 from kilter.tree import Batch, TokenTree
 
-FORMAT = 1
+FORMAT = 2
 TENSOR = "$tensor"
 """Key of a JSON object that stands for a tensor of the file beside it."""
 
