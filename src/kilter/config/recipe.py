@@ -100,7 +100,7 @@ def read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"{path}: cannot be read ({err}); a recipe is a UTF-8 YAML file") from err
     try:
-        return yaml.load(text, Loader=_OnceEach)  # a safe loader
+        return _OnceEach(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as err:  # ValueError: a date that is none, a number too long
         mark = getattr(err, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
