@@ -9,7 +9,7 @@ from kilter.config import DataRef, RlStage
 from kilter.models.generation import Completion
 from kilter.records import Message, Prompt
 from kilter.rollout.collect import Rollout
-from kilter.rollout.ppo import Verdict
+from kilter.rollout.source import Verdict
 from kilter.stages.reinforce import LastGood
 
 PROMPT = Prompt(prompt=(Message("user", "Hm?"),))
