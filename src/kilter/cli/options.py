@@ -26,7 +26,7 @@ class RunOptions(Model):
     seed: Annotated[int, Field(ge=0)] | None = None
     """Every random number of the run follows from it. Default: the recipe's."""
     threads: Annotated[int, Field(ge=0)] | None = None
-    """CPU threads of a process; 0: its share of the cores. Default: the recipe's."""
+    """CPU threads of a process; 0: OMP_NUM_THREADS, or its share of the cores. Default: the recipe's."""
     jobs: Annotated[int, Field(ge=1)] | None = None
     """Processes: stages that do not wait for each other run side by side. Default: the recipe's."""
     dry_run: bool = False

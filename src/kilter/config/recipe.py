@@ -25,7 +25,8 @@ class Recipe(Model):
     world: str | None = None
     """Said on every figure when the run does not concern the real world, for example `embedded world`."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of a process; 0: its share of the cores. In the recipe because sums depend on it in the last bit."""
+    """CPU threads of a process; 0: OMP_NUM_THREADS, or its share of the cores it may use. In the recipe because sums
+    depend on it in the last bit."""
     jobs: Annotated[int, Field(ge=1)] = 1
     """Processes. Stages that do not wait for each other run side by side, and so do the models of an evaluation."""
     stages: Annotated[dict[Name, AnyStage], Field(min_length=1)]

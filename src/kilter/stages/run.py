@@ -51,9 +51,10 @@ RUNNERS: dict[str, Callable[[Context, Any], dict[str, Any]]] = {
 def prepare(recipe: Recipe) -> None:
     """Set this process up for the stages of `recipe`."""
     transformers.utils.logging.disable_progress_bar()  # ours is on the screen already
-    # Of the cores this process may use: more threads than cores wait for each other.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(recipe.threads or max(1, cores // recipe.jobs))
+    if recipe.threads or not os.environ.get("OMP_NUM_THREADS"):  # torch has read that one
+        # Of the cores this process may use: more threads than cores wait for each other.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(recipe.threads or max(1, cores // recipe.jobs))
 
 
 def run_stage(context: Context, seconds: float = 0.0) -> dict[str, Any]:
