@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from kilter.data.chat import ChatEncoder
 from kilter.models.attention import text_config
 from kilter.models.generation import Completion, Sampling, generate
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Sample, Score, Scorer
+from kilter.train.reference import with_reference
+from kilter.tree import Group, Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,16 @@ def score_rollouts(scorer: Scorer, rollouts: Sequence[Sequence[Rollout]]) -> lis
     """All scores in one call, in the shape of `rollouts`."""
     scores = iter(scorer.score([rollout.sample for answers in rollouts for rollout in answers]))
     return [[next(scores) for _ in answers] for answers in rollouts]
+
+
+def token_log_ratios(trunk: Trunk, role: str, rollouts: Sequence[Rollout], pad_id: int) -> list[Tensor]:
+    """log p / q of each sampled token, nats: p is the model that sampled, q the `role` of this trunk."""
+    groups = [Group(one.completion.prompt, (Response(one.completion.ids),)) for one in rollouts]
+    held = with_reference(trunk, groups, role=role, pad_id=pad_id)
+    return [
+        torch.tensor(one.completion.logprobs) - group.responses[0].per_token["ref_logprobs"]
+        for one, group in zip(rollouts, held, strict=True)
+    ]
 
 
 def positions(trunk: Trunk, roles: Iterable[str]) -> float:

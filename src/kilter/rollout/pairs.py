@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from statistics import fmean
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 
 from kilter import ops
 from kilter.data.chat import ChatEncoder
 from kilter.errors import CheckError
-from kilter.models.generation import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Scorer
 from kilter.rollout.collect import Rollout
-from kilter.rollout.source import RolloutSource, Scored
+from kilter.rollout.source import Drawing, RolloutSource, Scored
 from kilter.train.reference import with_reference
 from kilter.tree import Group, Response
 
@@ -42,7 +41,7 @@ class PairSource(RolloutSource):
             they are equal they always are.
         truncation_penalty: taken from the score of an answer that met the length limit, in the score's unit.
         reference: whether the loss asks for the reference's log-probs; the trunk then has a role "reference".
-        (the others): see `RolloutSource`.
+        drawing: see `RolloutSource`.
     Raises:
         CheckError: the scorer tells the answers of the first round apart to fewer prompts than there are steps. A later
             round of that kind ends training: the answers have become alike, or equally good.
@@ -55,35 +54,17 @@ class PairSource(RolloutSource):
         prompts: Sequence[Prompt],
         scorer: Scorer,
         *,
-        sampling: Sampling,
-        prompts_per_rollout: int,
-        num_samples: int,
         epochs: int,
         minibatches: int,
-        generator: torch.Generator,
         pairing: Pairing = "best_worst",
         min_margin: float = 0.0,
         truncation_penalty: float = 0.0,
         reference: bool = True,
-        row_tokens: int = 512,
-        batch_tokens: int = 8192,
-        batch_size: int = 256,
+        **drawing: Unpack[Drawing],
     ) -> None:
+        reads = ("policy", "reference") if reference else ("policy",)
         super().__init__(
-            trunk,
-            encoder,
-            prompts,
-            scorer,
-            sampling=sampling,
-            prompts_per_rollout=prompts_per_rollout,
-            num_samples=num_samples,
-            epochs=epochs,
-            minibatches=minibatches,
-            generator=generator,
-            row_tokens=row_tokens,
-            batch_tokens=batch_tokens,
-            batch_size=batch_size,
-            reads=("policy", "reference") if reference else ("policy",),
+            trunk, encoder, prompts, scorer, epochs=epochs, minibatches=minibatches, reads=reads, **drawing
         )
         self._pairing, self._min_margin = pairing, min_margin
         self._truncation_penalty, self._reference = truncation_penalty, reference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Scorer
 from kilter.rollout.experience import ASK, Measured, credit, figures, measure, pay, sampler_gap, with_credit
 from kilter.rollout.reward import KlController, RunningNorm
-from kilter.rollout.source import Judge, RolloutSource, Scored
+from kilter.rollout.source import Drawing, RolloutSource, Scored
 from kilter.train.checks import check_first_ratio, check_signs, require
 from kilter.tree import Group, Response
 
@@ -36,7 +36,7 @@ class PPOSource(RolloutSource):
         scorer: what pays.
         sampling: temperature 1, no top-k, no top-p: PPO's ratio is one of the policy's own probabilities.
         config: PPO's numbers.
-        (the others): see `RolloutSource`.
+        drawing: see `RolloutSource`.
     Raises:
         ConfigError: a number that PPO cannot work with. DataError: no prompt fits into the model.
     """
@@ -48,33 +48,12 @@ class PPOSource(RolloutSource):
         prompts: Sequence[Prompt],
         scorer: Scorer,
         *,
-        sampling: Sampling,
         config: PpoConfig,
-        prompts_per_rollout: int,
-        generator: torch.Generator,
-        num_samples: int = 1,
-        row_tokens: int = 512,
-        batch_tokens: int = 8192,
-        batch_size: int = 256,
-        judge: Judge | None = None,
+        **drawing: Unpack[Drawing],
     ) -> None:
-        _check(trunk, sampling, config, prompts_per_rollout)
+        _check(trunk, drawing["sampling"], config, drawing["prompts_per_rollout"])
         super().__init__(
-            trunk,
-            encoder,
-            prompts,
-            scorer,
-            sampling=sampling,
-            prompts_per_rollout=prompts_per_rollout,
-            num_samples=num_samples,
-            epochs=config.epochs,
-            minibatches=config.minibatches,
-            generator=generator,
-            row_tokens=row_tokens,
-            batch_tokens=batch_tokens,
-            batch_size=batch_size,
-            reads=ASK,
-            judge=judge,
+            trunk, encoder, prompts, scorer, epochs=config.epochs, minibatches=config.minibatches, reads=ASK, **drawing
         )
         self._config = config
         adaptive = config.kl_controller == "adaptive"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import torch
 from torch import Tensor
@@ -38,6 +38,19 @@ Scored = Sequence[Sequence[tuple[Rollout, float]]]
 """Scored answers, [prompt][sample]."""
 
 
+class Drawing(TypedDict, total=False):
+    """How answers are drawn and packed: keywords of `RolloutSource` that its kinds hand through."""
+
+    sampling: Required[Sampling]
+    prompts_per_rollout: Required[int]
+    generator: Required[torch.Generator]
+    num_samples: int
+    row_tokens: int
+    batch_tokens: int
+    batch_size: int
+    judge: Judge | None
+
+
 class RolloutSource(ABC):
     """Rollouts of the trunk's role "policy", as the micro-batches of `epochs` x `minibatches` steps each.
 
@@ -62,16 +75,16 @@ class RolloutSource(ABC):
         prompts: Sequence[Prompt],
         scorer: Scorer,
         *,
-        sampling: Sampling,
-        prompts_per_rollout: int,
-        num_samples: int,
         epochs: int,
         minibatches: int,
-        generator: torch.Generator,
-        row_tokens: int,
-        batch_tokens: int,
-        batch_size: int,
         reads: Iterable[str],
+        sampling: Sampling,
+        prompts_per_rollout: int,
+        generator: torch.Generator,
+        num_samples: int = 1,
+        row_tokens: int = 512,
+        batch_tokens: int = 8192,
+        batch_size: int = 256,
         judge: Judge | None = None,
     ) -> None:
         self._trunk, self._encoder, self._scorer = trunk, encoder, scorer

@@ -19,12 +19,10 @@ from kilter.models.load import load_tokenizer
 from kilter.models.trunk import Trunk
 from kilter.records import Demonstration, Prompt, Sample, Scorer
 from kilter.rollout.best_of_n import best_of_n, best_of_n_kl
-from kilter.rollout.collect import Rollout, collect
+from kilter.rollout.collect import Rollout, collect, token_log_ratios
 from kilter.stages.collect import sampling_of
 from kilter.stages.context import Context
 from kilter.stages.reinforce import scorer_of
-from kilter.train.reference import with_reference
-from kilter.tree import Group, Response
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,7 @@ class Judges:
 
     def token_kl(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """log p / q of each sampled token, nats: p is the model that sampled, q the reference."""
-        groups = [Group(one.completion.prompt, (Response(one.completion.ids),)) for one in rollouts]
-        held = with_reference(self.reference, groups, role="policy", pad_id=self.encoder.pad_id)
-        return [
-            torch.tensor(one.completion.logprobs) - group.responses[0].per_token["ref_logprobs"]
-            for one, group in zip(rollouts, held, strict=True)
-        ]
+        return token_log_ratios(self.reference, "policy", rollouts, self.encoder.pad_id)
 
     def judge(self, answers: Sequence[Answer]) -> list[Answer]:
         """The answers with true reward, proxy reward and flags."""

@@ -18,10 +18,10 @@ from kilter.models.trunk import Trunk
 from kilter.records import Prompt
 from kilter.rollout.pairs import PairSource
 from kilter.stages.collect import sampling_of
-from kilter.stages.context import FUNCTION, Context
+from kilter.stages.context import Context
 from kilter.stages.heaviest import write_heaviest
 from kilter.stages.probe import run_probe
-from kilter.stages.reinforce import check_reward, prompt_groups, scorer_of
+from kilter.stages.reinforce import check_reward, prompt_groups, reward_of, scorer_of
 from kilter.stages.snapshots import Snapshots, snapshot_places
 from kilter.stages.supervised import Figures, evaluation, held_out_figures
 from kilter.stages.training import (
@@ -141,8 +141,7 @@ def run_online(context: Context, stage: OnlineStage) -> Figures:
     objective = objective_of(stage)
     equipment = equip(context, stage.model)
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
-    reward = stage.reward if FUNCTION.fullmatch(stage.reward) else context.model(stage.reward)
-    scorer = scorer_of(reward, dtype=compute_dtype(stage.precision))
+    scorer = scorer_of(reward_of(context, stage.reward), dtype=compute_dtype(stage.precision))
     trunk, sync = _trunk(context, stage, objective, equipment)
     accuracy = check_reward(context, stage, scorer)
     gap = check_trunk(context, trunk, "policy", prompt_groups(equipment, prompts), stage.precision)

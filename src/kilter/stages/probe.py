@@ -14,17 +14,16 @@ from kilter.models.build import policy_trunk
 from kilter.models.generation import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Document, Prompt
-from kilter.rollout.collect import Rollout, collect, positions
+from kilter.report.preferences import FORGETTING
+from kilter.rollout.collect import Rollout, collect, positions, token_log_ratios
 from kilter.stages.context import Context
 from kilter.stages.training import Equipment
 from kilter.stats import Interval, mean_interval, paired_difference
 from kilter.train.preferences import Term
 from kilter.train.reference import with_reference
 from kilter.train.sources import groups_of
-from kilter.tree import Group, Response
+from kilter.tree import Group
 
-FORGETTING = 0.1
-"""Nats a token by which plain text may become less likely before something is said."""
 MOST_PIECES = 256
 """Of plain text, each of at most `optim.max_tokens` tokens."""
 
@@ -64,7 +63,8 @@ def run_probe(
         found[f"fresh/length{suffix}"] = mean_interval([len(one.completion.ids) for one in rollouts])
         found[f"fresh/entropy{suffix}"] = mean_interval([_surprisal(one) for one in rollouts])
         if when == "after":
-            found["fresh/kl"] = mean_interval(_log_ratios(start, rollouts, equipment.encoder.pad_id))
+            ratios = token_log_ratios(*start, rollouts, equipment.encoder.pad_id)
+            found["fresh/kl"] = mean_interval([float(one.sum()) for one in ratios])
         losses[when] = _losses(model, role, texts, equipment.encoder.pad_id)
         if losses[when]:
             found[f"plain_text/loss{suffix}"] = mean_interval(losses[when])
@@ -94,16 +94,6 @@ def _start(trunk: Trunk, equipment: Equipment, stage: PreferStage | OnlineStage)
 def _surprisal(rollout: Rollout) -> float:
     """Nats a token: its mean over answers is an unbiased estimate of the entropy where all are equally long."""
     return -sum(rollout.completion.logprobs) / len(rollout.completion.logprobs)
-
-
-def _log_ratios(start: tuple[Trunk, str], rollouts: Sequence[Rollout], pad_id: int) -> list[float]:
-    """log p / q of each answer: p wrote it, q is the model at the start."""
-    groups = [Group(one.completion.prompt, (Response(one.completion.ids),)) for one in rollouts]
-    held = with_reference(start[0], groups, role=start[1], pad_id=pad_id)
-    return [
-        sum(one.completion.logprobs) - float(group.responses[0].per_token["ref_logprobs"].sum())
-        for one, group in zip(rollouts, held, strict=True)
-    ]
 
 
 def _texts(

@@ -41,11 +41,16 @@ def scorer_of(folder: str, *, dtype: torch.dtype | None = None) -> Scorer:
     return RewardModelScorer(load_reward_model(folder, compute_dtype=dtype).eval(), encoder)
 
 
+def reward_of(context: Context, value: str) -> str:
+    """What `scorer_of` takes, for a stage's name, a folder or a function."""
+    return value if FUNCTION.fullmatch(value) else context.model(value)
+
+
 def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     """PPO; the model at the start is the reference."""
     equipment = equip(context, stage.model)
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
-    reward = stage.reward if FUNCTION.fullmatch(stage.reward) else context.model(stage.reward)
+    reward = reward_of(context, stage.reward)
     dtype = compute_dtype(stage.precision)
     scorer = scorer_of(reward, dtype=dtype)
     numbers = stage.ppo
