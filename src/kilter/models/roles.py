@@ -9,7 +9,7 @@ checkpointed function, so that the recomputation in the backward uses the adapte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +18,6 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from kilter.errors import ModelError
@@ -71,19 +70,6 @@ class AdapterSwitch:
             yield
         finally:
             self._active[:] = before
-
-    def checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
-        """The checkpoint function of a model: computes again with the adapter of the first time.
-
-        Nothing random is recomputed (dropout is off), so the random state is not kept.
-        """
-        adapter = self.active
-
-        def run(*args: Any) -> Any:
-            with self.use(adapter):
-                return function(*args)
-
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

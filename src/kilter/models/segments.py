@@ -9,10 +9,13 @@ them (sampling, the untouched model) is transformers' own `sdpa`.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -54,15 +57,33 @@ class Runs:
 
     def __init__(self, tree: TokenTree) -> None:
         self.runs = runs_of(tree)
-        self._ends: dict[int, int] = {}
-        for run in self.runs:
-            self._ends[run.row] = run.end
+        self._all = True
         self._masks: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
 
-    def clear_tails(self, rows: Tensor) -> None:
+    def only(self, positions: Tensor, shape: Sequence[int]) -> Runs:
+        """The same runs, each from its first to its last query among these; what comes before is its path.
+
+        Args:
+            positions: int[n], places in [B, T], flat.
+            shape: B, T.
+        """
+        asked = np.zeros(tuple(shape), dtype=bool)
+        asked.reshape(-1)[positions.cpu().numpy()] = True
+        part = copy.copy(self)
+        part.runs, part._all = [], False
+        for run in self.runs:
+            places = asked[run.row, run.start : run.end].nonzero()[0]
+            if len(places):
+                start, end = run.start + int(places[0]), run.start + int(places[-1]) + 1
+                before = ((run.start, start),) if start > run.start else ()
+                part.runs.append(Run(run.row, start, end, run.path + before, run.depth + start - run.start))
+        return part
+
+    def clear(self, rows: Tensor) -> None:
         """Zeros in [B, T, ...] where no run is: what nobody writes, and nobody reads but as a number."""
+        ends = {run.row: run.end for run in self.runs} if self._all else {}
         for row in range(len(rows)):
-            rows[row, self._ends.get(row, 0) :] = 0
+            rows[row, ends.get(row, 0) :] = 0
 
     def mask(self, run: Run, window: int | None, like: Tensor) -> Tensor | None:
         """float[q, k], 0 or -inf, for a run that does not see plainly all before it; None: it does.
@@ -113,7 +134,7 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         batch, heads, length, size = query.shape
         out = query.new_empty(batch, length, heads, size)
-        runs.clear_tails(out)
+        runs.clear(out)
         sums = []
         for run in runs.runs:
             mask = runs.mask(run, window, query)
@@ -137,7 +158,7 @@ class _Attend(torch.autograd.Function):
         query, key, value, out, *sums = ctx.saved_tensors
         grads = [torch.empty_like(value) for value in (query, key, value)]
         for whole in grads:
-            ctx.runs.clear_tails(whole.transpose(1, 2))
+            ctx.runs.clear(whole.transpose(1, 2))
         for run, logsumexp in zip(ctx.runs.runs, sums, strict=True):
             mask = ctx.runs.mask(run, ctx.window, query)
             here = slice(run.start, run.end)
@@ -165,9 +186,9 @@ class _Attend(torch.autograd.Function):
 
 def _path(keys: Tensor, run: Run) -> Tensor:
     """[1, H, k, D]: the keys or values that the last query of a run sees."""
+    if run.start - run.depth == (run.path[0][0] if run.path else run.start):  # all of it stands in one piece
+        return keys[run.row, None, :, run.start - run.depth : run.end]
     own = keys[run.row, None, :, run.start : run.end]
-    if not run.path:
-        return own
     return torch.cat([*(keys[run.row, None, :, start:end] for start, end in run.path), own], dim=2)
 
 

@@ -5,13 +5,15 @@ DDP and FSDP2 wrap it, and nothing calls what is inside from outside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from kilter.errors import ModelError
 from kilter.models.attention import (
@@ -24,6 +26,7 @@ from kilter.models.attention import (
     use_segments,
 )
 from kilter.models.heads import ScalarHead, target_logprobs, token_stats
+from kilter.models.last_layer import LastLayer, read_of
 from kilter.models.roles import AdapterSwitch, Role, adapter_parameters, base_parameters
 from kilter.models.segments import SEGMENTS, Runs
 from kilter.models.tables import LARGE, adding_in_place
@@ -63,6 +66,7 @@ class Trunk(nn.Module):
         self.dense_up_to = DENSE_UP_TO
         self._low = False
         self._switches: dict[str, AdapterSwitch] = {}
+        self._last_layers: dict[str, LastLayer] = {}
         for name, model in models.items():
             self.add_model(name, model)
         for name, role in roles.items():
@@ -74,6 +78,7 @@ class Trunk(nn.Module):
         use_segments(model)
         self._switches[name] = AdapterSwitch()
         self._switches[name].attach(model)
+        self._last_layers[name] = LastLayer(decoder(model))
         if isinstance(attention_kinds(decoder(model)), str):
             self.layout = "unrolled"
 
@@ -112,7 +117,8 @@ class Trunk(nn.Module):
         masks: dict[Any, Any] = {}  # models of one kind share the masks of the tree
         for (model, adapter), names in runs.items():
             held: Any = self.models[model]
-            hidden = self._hidden(model, adapter, tree, masks).flatten(0, 1)  # [B T, H]
+            wants = {ask[name] for name in names}
+            hidden = self._hidden(model, adapter, tree, masks, wants).flatten(0, 1)  # [B T, H]
             at_source = None
             for name in names:
                 if ask[name] == "rewards":
@@ -123,9 +129,9 @@ class Trunk(nn.Module):
                 if ask[name] == "values":
                     answers[name] = self.heads[str(self.roles[name].head)](at_source)
                 else:
-                    read = target_logprobs if ask[name] == "logprobs" else token_stats
+                    through_head = target_logprobs if ask[name] == "logprobs" else token_stats
                     with self._autocast(at_source.device):
-                        answers[name] = read(held, at_source, tree.target)
+                        answers[name] = through_head(held, at_source, tree.target)
         return {name: answers[name] for name in ask}
 
     def _role(self, name: str, want: str) -> Role:
@@ -142,14 +148,18 @@ class Trunk(nn.Module):
             raise ModelError(f"role {name!r} is asked for {want} and its model has no language head")
         return role
 
-    def _hidden(self, name: str, adapter: str | None, tree: TokenTree, masks: dict[Any, Any]) -> Tensor:
-        """Final hidden states [B, T, H] of one model with one adapter (None: adapters off)."""
+    def _hidden(
+        self, name: str, adapter: str | None, tree: TokenTree, masks: dict[Any, Any], wants: set[str]
+    ) -> Tensor:
+        """Final hidden states [B, T, H] of one model with one adapter (None: off), right where `wants` reads."""
         model = decoder(self.models[name])
         inputs: dict[str, Any] = {"input_ids": tree.tokens, "position_ids": tree.positions, "use_cache": False}
+        runs = None
         if self.layout == "packed" and self.by_segments(name, tree):
             if SEGMENTS not in masks:
                 masks[SEGMENTS] = Runs(tree)
-            inputs |= {"runs": masks[SEGMENTS], "attention_mask": unread_masks(model)}
+            runs = masks[SEGMENTS]
+            inputs |= {"runs": runs, "attention_mask": unread_masks(model)}
         elif self.layout == "packed":
             kinds = attention_kinds(model)
             assert isinstance(kinds, AttentionKinds), kinds
@@ -161,7 +171,9 @@ class Trunk(nn.Module):
         else:
             inputs["attention_mask"] = (tree.segment >= 0).long()
             inputs = {key: value for key, value in inputs.items() if key in inputs_of(model.__class__)}
-        with self._switches[name].use(adapter), self._autocast(tree.tokens.device):
+        read = read_of(tree, wants, runs) if self.layout == "packed" else None
+        last_layer = self._last_layers[name]
+        with self._switches[name].use(adapter), last_layer.only(read), self._autocast(tree.tokens.device):
             hidden: Tensor = model(**inputs).last_hidden_state
         return hidden
 
@@ -231,7 +243,20 @@ class Trunk(nn.Module):
             if on and not model.supports_gradient_checkpointing:
                 raise ModelError(f"{type(model).__name__} has no gradient checkpointing; switch it off")
             if model.supports_gradient_checkpointing:
-                model._set_gradient_checkpointing(on, self._switches[name].checkpointed)
+                model._set_gradient_checkpointing(on, functools.partial(self._checkpointed, name))
+
+    def _checkpointed(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """The checkpoint function of a model: computes again as the first time, with its adapter and what is read.
+
+        Nothing random is recomputed (dropout is off), so the random state is not kept.
+        """
+        adapter, read = self._switches[name].active, self._last_layers[name].read
+
+        def again(*args: Any) -> Any:
+            with self._switches[name].use(adapter), self._last_layers[name].only(read):
+                return function(*args)
+
+        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False)
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         """What trains when that role trains: its adapter, or else its whole model; and its head."""
