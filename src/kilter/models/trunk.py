@@ -25,6 +25,7 @@ from kilter.models.attention import (
     unread_masks,
     use_segments,
 )
+from kilter.models.fused import fuse
 from kilter.models.heads import ScalarHead, target_logprobs, token_stats
 from kilter.models.last_layer import LastLayer, read_of
 from kilter.models.roles import AdapterSwitch, Role, adapter_parameters, base_parameters
@@ -75,6 +76,7 @@ class Trunk(nn.Module):
     def add_model(self, name: str, model: nn.Module) -> None:
         """Holds another model, for roles to be named on."""
         self.models[name] = model
+        fuse(model)
         use_segments(model)
         self._switches[name] = AdapterSwitch()
         self._switches[name].attach(model)
