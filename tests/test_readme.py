@@ -22,7 +22,7 @@ def block(language: str, start: str) -> str:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """What the README takes for granted: a folder MODEL, demos.jsonl, pairs.jsonl."""
+    """What the README takes for granted: a folder MODEL, demos.jsonl, pairs.jsonl, judgements.jsonl."""
     from kilter import data, world
 
     (tmp_path / "MODEL").symlink_to(world.MODEL_PATH)
@@ -31,6 +31,8 @@ def home(tmp_path: Path) -> Path:
     texts = [[world.oracle(prompt), "I do not know. " * 3] for prompt in prompts]
     judged = world.panel(seed=0, noise=0.0, tie_rate=0.0).rank(prompts, texts)
     data.write(tmp_path / "pairs.jsonl", judged)
+    crowd = [one for seed in range(3) for one in world.panel(seed=seed).rank(prompts, texts)]
+    data.write(tmp_path / "judgements.jsonl", crowd)
     return tmp_path
 
 

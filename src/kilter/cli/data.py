@@ -1,4 +1,4 @@
-"""`kilter data check | filter | convert | show | formats`."""
+"""`kilter data check | agreement | filter | convert | show | formats`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from pydantic import Field
 
 from kilter.cli.options import new_jsonl, parse
 from kilter.config import Model
-from kilter.errors import ConfigError
+from kilter.errors import ConfigError, visible
 
 if TYPE_CHECKING:
     from kilter.data import ReadResult
+    from kilter.stats import Interval
+
+WORST = 5
+"""Annotators and items shown."""
 
 HELP = """usage: kilter data ACTION FILE [options]
 
   check FILE           duplicates, contradictions, cycles, leakage, length, label noise; exit code 1 on errors
+  agreement FILE       how far annotators agree beyond chance, with intervals; who and what pulls it down
   filter FILE --out F  leave records out by rules, each counted
   convert FILE --out F rewrite any known layout as Kilter's own JSONL
   show FILE --model M  records as the model will see them, token by token, with what is scored
@@ -49,6 +54,17 @@ class CheckOptions(ReadOptions):
     """A test file: prompts that stand in both are an error."""
     as_json: bool = False
     """Print the findings as JSON."""
+
+
+class AgreementOptions(ReadOptions):
+    """Say how far annotators agree, beside what is published of others. Low agreement is told, never an error."""
+
+    as_json: bool = False
+    """Print everything as JSON."""
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    """Draws of items for the intervals."""
+    seed: int = 0
+    """Of the draws."""
 
 
 class FilterOptions(ReadOptions):
@@ -87,6 +103,7 @@ def run(command: str, argv: list[str]) -> int:
         return _formats()
     actions: dict[str, tuple[type[ReadOptions], Callable[..., int]]] = {
         "check": (CheckOptions, _check),
+        "agreement": (AgreementOptions, _agreement),
         "filter": (FilterOptions, _filter),
         "convert": (ConvertOptions, _convert),
         "show": (ShowOptions, _show),
@@ -128,6 +145,54 @@ def _check(path: str, options: CheckOptions) -> int:
             rows = f" (records {', '.join(str(row + 1) for row in finding.examples)})" if finding.examples else ""
             print(f"  {finding.severity:<8}{finding.name}: {finding.message}{rows}")
     return 1 if any(finding.severity == "error" for finding in findings) else 0
+
+
+def _agreement(path: str, options: AgreementOptions) -> int:
+    from kilter.data.agree import BESIDE, TEXTBOOK, agreement_of
+    from kilter.data.judgements import verdicts
+
+    found = verdicts(_read(path, options.model_copy(update={"record": "judgement"})).records)
+    told = agreement_of(found, seed=options.seed, resamples=options.resamples)
+    if options.as_json:
+        print(json.dumps(told.to_dict(), indent=1))
+        return 0
+    print(
+        f"{path}: {told.judgements} judgements by {told.annotators} annotators; {told.items} items (two responses each)"
+    )
+    if told.repeated:
+        print(f"  {told.repeated} further verdicts of an annotator on an item he had judged are left out")
+    for name, interval in told.measures.items():
+        print(f"  {name:<16}{_figure(interval)}  {BESIDE.get(name, '')}".rstrip())
+    for title, groups in (("alpha by kind", told.by_kind), ("alpha by time", told.by_time)):
+        if groups:
+            print(f"  {title}:")
+        for name, interval in groups.items():
+            print(f"    {_figure(interval)}  {visible(name) or 'no kind'}")
+    if told.pairs:
+        print("  kappa of the annotators with the most items in common:")
+        for names, (kappa, common) in told.pairs.items():
+            print(f"    {_figure(kappa)}  {visible(' and '.join(names))}, {common} items")
+    worst = [(name, pull) for name, pull in told.pull.items() if pull < 0][:WORST]
+    if worst:
+        print("  annotators who pull alpha down, and by how much:")
+        for name, pull in worst:
+            print(f"    {pull:+.3f}  {visible(name)}")
+    print("  items that pull alpha down most:")
+    for item, pull in list(told.items_pull.items())[:WORST]:
+        texts = [visible(" ".join(text.split())) for text in found.texts[item]]
+        shown = [text if len(text) <= 40 else text[:39] + "…" for text in texts]
+        print(f"    {pull:+.4f}  {shown[0]!r} or {shown[1]!r}")
+    alpha = told.measures.get("alpha, nominal")
+    if alpha is not None and alpha.high < TEXTBOOK:
+        print(
+            f"  alpha lies below the textbooks' {TEXTBOOK:g}, as those of published preferences do: the verdicts are "
+            "noisy, a reward model needs more of them, and what annotators agree on is what it can learn"
+        )
+    return 0
+
+
+def _figure(interval: Interval) -> str:
+    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def _filter(path: str, options: FilterOptions) -> int:

@@ -1,0 +1,69 @@
+"""Judgements taken apart into verdicts on two responses: what agreement and ratings are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+from kilter.errors import DataError
+from kilter.records import Judgement, Record, content_hash, prompt_id
+
+BETTER_FIRST, TIE, BETTER_SECOND = -1, 0, 1
+
+
+class Verdict(NamedTuple):
+    """What one annotator said of two responses to one prompt."""
+
+    item: str
+    """Which two: a hash of prompt and texts, whichever stood first."""
+    annotator: str
+    value: int
+    """Which is better, in the order in which the item was met first: -1, 0 (tie) or 1."""
+    prompt: str
+    """The prompt's id."""
+    kind: str
+    at: str
+    record: int
+    """Which record it comes from."""
+
+
+class Verdicts(NamedTuple):
+    """All verdicts of a file, each annotator's first on each item."""
+
+    kept: list[Verdict]
+    repeated: int
+    """Further verdicts of an annotator on an item that he had judged: they are no agreement with anybody else."""
+    texts: dict[str, tuple[str, str]]
+    """By item, its two responses."""
+
+
+def verdicts(records: Sequence[Record] | Iterable[Record]) -> Verdicts:
+    """Every two responses of every judgement; a ranking of k gives k (k - 1) / 2.
+
+    Raises:
+        DataError: a record that does not say who judged, or a judgement without its annotator.
+    """
+    kept: dict[tuple[str, str], Verdict] = {}
+    texts: dict[str, tuple[str, str]] = {}
+    repeated = 0
+    for place, record in enumerate(records):
+        if not isinstance(record, Judgement):
+            raise DataError(
+                f"record {place + 1} is a {type(record).__name__}; agreement needs judgements, which say who"
+            )
+        if not record.annotator:
+            raise DataError(f"record {place + 1}: 'annotator' is empty; agreement needs to know who judged")
+        prompt = prompt_id(record.prompt)
+        ranked = zip(record.responses, record.ranks, strict=True)
+        for (one, of_one), (other, of_other) in combinations(ranked, 2):
+            item = content_hash([prompt, *sorted((one, other))])
+            first = texts.setdefault(item, (one, other))[0]
+            value = (of_one > of_other) - (of_one < of_other)
+            value = value if one == first else -value
+            verdict = Verdict(item, record.annotator, value, prompt, record.kind, record.at, place)
+            if (item, record.annotator) in kept:
+                repeated += 1
+            else:
+                kept[item, record.annotator] = verdict
+    return Verdicts(list(kept.values()), repeated, texts)
