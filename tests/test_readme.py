@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ def home(tmp_path: Path) -> Path:
     texts = [[world.oracle(prompt), "I do not know. " * 3] for prompt in prompts]
     judged = world.panel(seed=0, noise=0.0, tie_rate=0.0).rank(prompts, texts)
     data.write(tmp_path / "pairs.jsonl", judged)
-    crowd = [one for seed in range(3) for one in world.panel(seed=seed).rank(prompts, texts)]
-    data.write(tmp_path / "judgements.jsonl", crowd)
+    crowd = [one for seed in range(3) for one in world.panel(seed=seed, noise=2.0).rank(prompts, texts)]
+    data.write(tmp_path / "judgements.jsonl", [replace(one, models=("oracle", "dunce")) for one in crowd])
     return tmp_path
 
 

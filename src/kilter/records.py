@@ -153,6 +153,8 @@ class Judgement(Record):
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
     annotator: str
+    models: tuple[str, ...] = ()
+    """Who wrote each response, where that is known: what `kilter data rate` rates."""
     shown: tuple[int, ...] = ()
     at: str = ""
     seconds: float | None = None

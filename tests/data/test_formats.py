@@ -147,8 +147,17 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[Record]]] = {
     ),
     "llmfao": (
         {"id": 1, "text": "Q", "result_x": "a", "result_y": "b", "winner": "right", "worker": "7"}
-        | {"model_x": 1, "model_y": 2},
-        [Judgement(prompt=said("Q"), responses=("a", "b"), ranks=(1, 0), annotator="7", shown=(0, 1))],
+        | {"model_x": 1, "model_y": 2, "left": "m", "right": "n"},
+        [
+            Judgement(
+                prompt=said("Q"),
+                responses=("a", "b"),
+                ranks=(1, 0),
+                annotator="7",
+                models=("m", "n"),
+                shown=(0, 1),
+            )
+        ],
     ),
     "llmfao-pairs": (
         {"id": 1, "text": "Q", "slug": "s", "type": "t", "result_x": "a", "result_y": "b"},

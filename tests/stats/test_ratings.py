@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
 from kilter.stats import ratings
-from kilter.stats.ratings import Comparisons, Scale, rate
+from kilter.stats.ratings import Comparisons, Scale, elo, rate
 
 Row = tuple[str, str, float]
 
@@ -192,6 +192,21 @@ def test_who_cannot_be_told_apart() -> None:
 def test_what_cannot_be_said_is_refused(table: dict[tuple[str, str], int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         rate(Comparisons.of(wins(table)))
+
+
+def test_elo_by_hand_and_by_order() -> None:
+    """400 points for odds of ten. One win of equals moves both by half of k; who won last stands better."""
+    once = Comparisons.of([("a", "b", 1.0)])
+    assert elo(once).tolist() == [16.0, -16.0] and elo(once, k=8.0).tolist() == [4.0, -4.0]
+    both = Comparisons.of([("a", "b", 1.0), ("b", "a", 1.0)])
+    expected = 16.0 - 32.0 / (1.0 + 10.0 ** (-32.0 / 400.0))
+    assert elo(both)[0] == pytest.approx(expected) and expected < 0
+    assert elo(both, np.array([1, 0])) == pytest.approx(-elo(both))
+    assert elo(Comparisons.of([("a", "b", 0.5)])).tolist() == [0.0, 0.0]
+    rows, _, strength = drawn(votes=4000)
+    held = Comparisons.of(rows)
+    points = elo(held, k=4.0)[[held.names.index(f"m{place}") for place in range(6)]]
+    assert points / ratings.ELO_PER_NAT == pytest.approx(strength, abs=0.3) and abs(points.sum()) < 1e-9
 
 
 def test_a_tie_connects() -> None:

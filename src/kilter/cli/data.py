@@ -1,4 +1,4 @@
-"""`kilter data check | agreement | filter | convert | show | formats`."""
+"""`kilter data check | agreement | rate | filter | convert | show | formats`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,7 @@ HELP = """usage: kilter data ACTION FILE [options]
 
   check FILE           duplicates, contradictions, cycles, leakage, length, label noise; exit code 1 on errors
   agreement FILE       how far annotators agree beyond chance, with intervals; who and what pulls it down
+  rate FILE            how strong the compared models are, with intervals; Elo beside; control of style
   filter FILE --out F  leave records out by rules, each counted
   convert FILE --out F rewrite any known layout as Kilter's own JSONL
   show FILE --model M  records as the model will see them, token by token, with what is scored
@@ -67,6 +68,19 @@ class AgreementOptions(ReadOptions):
     """Of the draws."""
 
 
+class RateOptions(ReadOptions):
+    """Rate the models whose responses were compared; intervals hold annotators and prompts together."""
+
+    ties: Literal["half", "davidson"] = "half"
+    """A tie is half a win of both (Bradley-Terry), or an outcome of its own (Davidson)."""
+    style: bool = False
+    """Strength beside the length, lists and headers of the responses."""
+    as_json: bool = False
+    """Print everything as JSON."""
+    seed: int = 0
+    """Of the shuffles that show how Elo's ratings depend on the order."""
+
+
 class FilterOptions(ReadOptions):
     """Write the records that every rule keeps; `kilter data formats` and the docs list the rules."""
 
@@ -104,6 +118,7 @@ def run(command: str, argv: list[str]) -> int:
     actions: dict[str, tuple[type[ReadOptions], Callable[..., int]]] = {
         "check": (CheckOptions, _check),
         "agreement": (AgreementOptions, _agreement),
+        "rate": (RateOptions, _rate),
         "filter": (FilterOptions, _filter),
         "convert": (ConvertOptions, _convert),
         "show": (ShowOptions, _show),
@@ -188,6 +203,27 @@ def _agreement(path: str, options: AgreementOptions) -> int:
             f"  alpha lies below the textbooks' {TEXTBOOK:g}, as those of published preferences do: the verdicts are "
             "noisy, a reward model needs more of them, and what annotators agree on is what it can learn"
         )
+    return 0
+
+
+def _rate(path: str, options: RateOptions) -> int:
+    from kilter.data.rate import comparisons_of, rating_of
+
+    records = _read(path, options.model_copy(update={"record": "judgement"})).records
+    told = rating_of(comparisons_of(records, style=options.style), ties=options.ties, seed=options.seed)
+    if options.as_json:
+        print(json.dumps(told.to_dict(), indent=1))
+        return 0
+    print(f"{path}: {told.comparisons} comparisons, {told.ties} of them ties, of {len(told.models)} models")
+    print("  points (400: odds of ten); = cannot be told from the next; Elo's rating in the file's order and in others")
+    for place, model in enumerate(told.models, start=1):
+        low, mean, high = model.strength.low, model.strength.mean, model.strength.high
+        print(
+            f"  {place:>3} {mean:+6.0f} [{low:+.0f}, {high:+.0f}] {' ' if model.apart else '='} {visible(model.name)}"
+            f"  ({model.comparisons} comparisons; Elo {model.elo:+.0f}, {model.elo_low:+.0f} to {model.elo_high:+.0f})"
+        )
+    for name, worth in told.style.items():
+        print(f"  style: one standard deviation more {name} is worth {worth:+.0f} points")
     return 0
 
 

@@ -85,7 +85,20 @@ def llmfao(row: Row) -> Iterable[Record]:
     responses = (text(row, "result_x", PAIR_RULE), text(row, "result_y", PAIR_RULE))
     ranks = pick(row, "winner", {"left": (0, 1), "right": (1, 0), "tie": (0, 0)})
     asked, annotator = ask(text(row, "text")), optional(row, "worker")
-    yield Judgement(prompt=asked, responses=responses, ranks=ranks, annotator=annotator, shown=(0, 1))
+    yield Judgement(
+        prompt=asked,
+        responses=responses,
+        ranks=ranks,
+        annotator=annotator,
+        models=_writers(row, "left", "right"),
+        shown=(0, 1),
+    )
+
+
+def _writers(row: Row, *fields: str) -> tuple[str, ...]:
+    """Who wrote the responses, if the row names all of them."""
+    names = tuple(optional(row, field) for field in fields)
+    return names if all(names) else ()
 
 
 def _models(row: Row) -> str:
@@ -114,7 +127,10 @@ def tulu_eval(row: Row) -> Iterable[Record]:
     asked, first, second, grade = _tulu(row)
     ranks = (0, 0) if grade == 0 else (0, 1) if grade > 0 else (1, 0)
     at, who = optional(row, "timestamp"), text(row, "evaluator")
-    yield Judgement(prompt=asked, responses=(first, second), ranks=ranks, annotator=who, shown=(0, 1), at=at)
+    writers = _writers(row, "model_a", "model_b")
+    yield Judgement(
+        prompt=asked, responses=(first, second), ranks=ranks, annotator=who, models=writers, shown=(0, 1), at=at
+    )
 
 
 @layout("tulu-eval-pairs", "pair", "prompt", "completion_a", "completion_b", "preference", "evaluator")

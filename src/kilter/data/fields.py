@@ -262,6 +262,8 @@ def check_record(record: Record) -> None:
                 raise BadRow("responses", f"'responses' has {len(record.responses)}; a ranking needs two or more")
             if len(record.ranks) != len(record.responses) or not all(isinstance(r, int) for r in record.ranks):
                 raise BadRow("ranks", f"'ranks' is {shown(list(record.ranks))}; one whole number for each response")
+            if isinstance(record, Judgement) and len(record.models) not in (0, len(record.responses)):
+                raise BadRow("models", f"'models' is {shown(list(record.models))}; one name for each response, or none")
         case StepLabels():
             _check_prompt(record.prompt)
             _check_texts({f"steps[{place}]": step for place, step in enumerate(record.steps)}, "a step needs a text")

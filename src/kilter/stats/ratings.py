@@ -25,6 +25,8 @@ Ties = Literal["half", "davidson"]
 TOLERANCE = 1e-10
 """Newton ends when no parameter moves by more."""
 STEPS = 100
+ELO_PER_NAT = 400.0 / np.log(10.0)
+"""Points of Elo's scale in a nat of odds."""
 DENSE_UP_TO = 1 << 23
 """Clusters times parameters up to which the clusters' scores are summed in a dense table."""
 
@@ -147,6 +149,27 @@ def rate(comparisons: Comparisons, *, ties: Ties = "half") -> Scale:
     model = _Model(comparisons, davidson=ties == "davidson")
     at, information = model.fit()
     return model.scale(at, information)
+
+
+def elo(comparisons: Comparisons, order: Integers | None = None, *, k: float = 32.0) -> Floats:
+    """Elo's ratings after all comparisons, float[M], mean 0, 400 points for odds of ten: `r += k (y - expected)`.
+
+    Elo 1978, "The Rating of Chessplayers". They depend on the order: what a rating has to do with strength is what
+    stays the same when it is changed.
+
+    Args:
+        order: int[N], in which the comparisons are played; None: as they stand.
+    """
+    points = [0.0] * len(comparisons.names)
+    places = range(len(comparisons.outcome)) if order is None else order.tolist()
+    lefts, rights, outcomes = (column.tolist() for column in (comparisons.left, comparisons.right, comparisons.outcome))
+    for place in places:
+        left, right = lefts[place], rights[place]
+        expected = 1.0 / (1.0 + 10.0 ** ((points[right] - points[left]) / 400.0))
+        moved = k * (outcomes[place] - expected)
+        points[left] += moved
+        points[right] -= moved
+    return np.array(points)
 
 
 def _refuse_disconnected(comparisons: Comparisons) -> None:

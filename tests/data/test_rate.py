@@ -1,0 +1,129 @@
+"""Models rated from judgements of their responses: what is compared with what, and what the command says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kilter.cli import main
+from kilter.data import read, write
+from kilter.data.rate import STYLE, comparisons_of, rating_of
+from kilter.errors import DataError
+from kilter.records import Judgement, Message
+from kilter.stats.ratings import ELO_PER_NAT, rate
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def judged(
+    models: Sequence[str], ranks: Sequence[int], *, who: str = "w", asked: str = "?", texts: Sequence[str] = ()
+) -> Judgement:
+    return Judgement(
+        prompt=(Message("user", asked),),
+        responses=tuple(texts or [f"by {name}" for name in models]),
+        ranks=tuple(ranks),
+        annotator=who,
+        models=tuple(models),
+    )
+
+
+def contest(seed: int = 0, *, judgements: int = 400) -> list[Judgement]:
+    """Three models, strong to weak; the weak one writes long, with lists, and annotators like what is long."""
+    rng = np.random.default_rng(seed)
+    strength, long = {"strong": 1.0, "middle": 0.0, "weak": -1.0}, {"strong": 20, "middle": 60, "weak": 400}
+    found = []
+    for number in range(judgements):
+        one, other = rng.permutation(list(strength))[:2].tolist()
+        sizes = [int(long[name] * rng.uniform(0.2, 3.0)) for name in (one, other)]
+        likes = strength[one] - strength[other] + 0.9 * np.log((1 + sizes[0]) / (1 + sizes[1]))
+        won = rng.random() < 1 / (1 + np.exp(-likes))
+        tied = rng.random() < 0.1
+        ranks = (0, 0) if tied else (0, 1) if won else (1, 0)
+        texts = ["x" * size for size in sizes]
+        found.append(judged((one, other), ranks, who=f"w{number % 11}", asked=f"{number % 37}?", texts=texts))
+    return found
+
+
+def test_a_ranking_is_its_comparisons() -> None:
+    held = comparisons_of([judged(("a", "b", "a"), (1, 0, 1), who="x"), judged(("b", "c"), (0, 0), asked="Other?")])
+    told = [(held.names[a], held.names[b], o) for a, b, o in zip(held.left, held.right, held.outcome, strict=True)]
+    assert told == [("a", "b", 0.0), ("b", "a", 1.0), ("b", "c", 0.5)]  # a against itself is left out
+    assert held.clusters["annotator"].tolist() == [0, 0, 1] and held.clusters["prompt"].tolist() == [0, 0, 1]
+    assert not held.style
+
+
+def test_style_is_read_off_the_texts() -> None:
+    text = "# One\n\n## Two\n- a\n* b\n3. c\n 4) d\nno - list, no # header\n####### seven"
+    assert STYLE["lists"](text) == 4 and STYLE["headers"](text) == 2
+    assert STYLE["log length"]("x" * 9) == pytest.approx(np.log(10))
+    held = comparisons_of(contest(), style=True)
+    assert list(held.style) == ["log length"]  # nobody wrote a list or a header
+    assert held.style["log length"].std() == pytest.approx(1.0)
+
+
+def test_style_beside_strength() -> None:
+    """Without it the one who writes long looks strong."""
+    plain, beside = (rating_of(comparisons_of(contest(), style=style)) for style in (False, True))
+    assert plain.models[0].name == "weak"
+    assert [model.name for model in beside.models] == ["strong", "middle", "weak"]
+    assert all(model.apart for model in beside.models[:2]) and not beside.models[2].apart
+    assert beside.style["log length"] > 100 and plain.style == {}
+    assert plain.comparisons == 400 and plain.ties == sum(record.ranks == (0, 0) for record in contest())
+    assert sum(model.comparisons for model in plain.models) == 800
+
+
+def test_points_are_the_scales() -> None:
+    held = comparisons_of(contest())
+    scale, told = rate(held, ties="davidson"), rating_of(held, ties="davidson")
+    for model in told.models:
+        interval = scale.interval(model.name)
+        assert model.strength[:3] == pytest.approx([ELO_PER_NAT * value for value in interval[:3]])
+        assert model.elo_low <= model.elo_high and model.elo_low != model.elo_high
+    assert told.tie == scale.tie
+    other = rating_of(held, ties="davidson", seed=1)
+    assert other.models[0].strength == told.models[0].strength and other.models[0].elo_low != told.models[0].elo_low
+
+
+def test_refusals() -> None:
+    nameless = Judgement(prompt=(Message("user", "?"),), responses=("x", "y"), ranks=(0, 1), annotator="w")
+    with pytest.raises(DataError, match="record 2 does not say which model wrote each response"):
+        comparisons_of([judged(("a", "b"), (0, 1)), nameless])
+    with pytest.raises(DataError, match="no two responses of different models"):
+        comparisons_of([judged(("a", "a"), (0, 1))])
+    with pytest.raises(DataError, match="either never lost to the others, or never won"):
+        rating_of(comparisons_of([judged(("a", "b"), (0, 1))]))
+
+
+def test_names_must_be_one_for_each_response(tmp_path: Path) -> None:
+    file = tmp_path / "judged.jsonl"
+    row = judged(("a", "b"), (0, 1)).to_dict()
+    file.write_text(json.dumps(row | {"models": ["a"]}) + "\n")
+    with pytest.raises(DataError, match=r"'models' is \[.*a.*\]; one name for each response, or none"):
+        read(file)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "judged.jsonl"
+    write(file, contest())
+    assert [record.id for record in read(file).records] == [record.id for record in contest()]
+    assert {record.models for record in read(file).records} == {record.models for record in contest()}
+    assert main(["data", "rate", str(file), "--style"]) == 0
+    out = capsys.readouterr().out
+    assert "400 comparisons, " in out and "of 3 models" in out and "one standard deviation more log length" in out
+    told = rating_of(comparisons_of(contest(), style=True)).models[0]
+    assert f"  1 {told.strength.mean:+6.0f} [{told.strength.low:+.0f}, {told.strength.high:+.0f}]   strong" in out
+    assert f"Elo {told.elo:+.0f}, {told.elo_low:+.0f} to {told.elo_high:+.0f})" in out
+    assert main(["data", "rate", str(file), "--as-json", "--ties", "davidson"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["models"][0]["name"] == "weak" and again["log_nu"] < 0 and len(again["models"]) == 3
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data beside the checkout")
+def test_the_models_of_tulu() -> None:
+    records = read(SHARED / "tulu1_human_eval" / "eval_annotations.jsonl.gz", record="judgement").records
+    told = rating_of(comparisons_of(records))
+    assert [model.name for model in told.models] == ["chatgpt", "tulu_65B", "tulu_7B", "tulu_human_only_65B"]
