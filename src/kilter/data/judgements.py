@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import combinations
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class Verdicts(NamedTuple):
     """By item, its two responses."""
 
 
-def verdicts(records: Sequence[Record] | Iterable[Record]) -> Verdicts:
+def verdicts(records: Iterable[Record]) -> Verdicts:
     """Every two responses of every judgement; a ranking of k gives k (k - 1) / 2.
 
     Raises:
