@@ -355,6 +355,49 @@ def unroll(tree: TokenTree) -> TokenTree:
     )
 
 
+def part(batch: Batch, keep: Tensor) -> Batch:
+    """Some of a batch's responses, each on its path: rows shrink to what these need, units stay those of the whole.
+
+    Args:
+        keep: bool[R].
+    Returns:
+        Extras as long as the responses are taken for theirs, those as long as the scored tokens for theirs.
+    """
+    tree = batch.tree
+    height, width = tree.tokens.shape
+    row, leaf_segment = tree.last[keep] // width, tree.segment.flatten()[tree.last[keep]]
+    needed = torch.zeros(tree.ancestors.shape[:2], dtype=torch.int64, device=tree.tokens.device)
+    needed.index_add_(0, row, tree.ancestors[row, leaf_segment].long())
+    held = (needed.gather(1, tree.segment.clamp(min=0)) > 0) & (tree.segment >= 0)  # [B, T]
+    narrow = max(int(held.sum(1).max()), 1)
+    at_row, at = held.nonzero(as_tuple=True)
+    place = at_row * narrow + (held.cumsum(1) - 1)[held]
+    moved = torch.zeros(height * width, dtype=torch.int64, device=tree.tokens.device)
+    moved[at_row * width + at] = place
+
+    def laid(values: Tensor, tail: int) -> Tensor:
+        rows = values.new_full((height * narrow,), tail)
+        rows[place] = values[held]
+        return rows.view(height, narrow)
+
+    scored_here, number = keep[tree.leaf], keep.cumsum(0) - 1
+    masks = {len(scored_here): scored_here, len(keep): keep}
+    extras = {name: value[masks[len(value)]] if value.ndim else value for name, value in batch.extras.items()}
+    smaller = TokenTree(
+        tokens=laid(tree.tokens, 0),
+        positions=laid(tree.positions, 0),
+        segment=laid(tree.segment, -1),
+        ancestors=tree.ancestors,
+        source=moved[tree.source[scored_here]],
+        target=tree.target[scored_here],
+        leaf=number[tree.leaf[scored_here]],
+        last=moved[tree.last[keep]],
+        group=torch.unique(tree.group[keep], return_inverse=True)[1],
+    )
+    known = batch.ref_logprobs
+    return replace(batch, tree=smaller, ref_logprobs=None if known is None else known[scored_here], extras=extras)
+
+
 def split_by_response(values: Tensor, leaf: Tensor, num_responses: int) -> list[Tensor]:
     """Cuts per-token values [N] into one tensor per response, in order; waits for the device."""
     counts = torch.bincount(leaf, minlength=num_responses).tolist()

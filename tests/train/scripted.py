@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -12,24 +13,36 @@ from torch import Tensor, nn
 from kilter.train.objectives import LossOutput, prepared
 from kilter.tree import Batch, Group, Response, TokenTree, make_batch
 
+FIRST = 5
+"""Id of the first scored token of `batch_of`; each has its own."""
+
 
 class Scripted(nn.Module):
     """A trunk that answers with given numbers, which are its parameters."""
 
     def __init__(self, **answers: Sequence[float]) -> None:
         super().__init__()
+        self.asked: list[int] = []  # scored tokens of each tree
         self.answers = nn.ParameterDict({k: torch.tensor(v, dtype=torch.float64) for k, v in answers.items()})
 
     def forward(self, tree: TokenTree, ask: Mapping[str, str]) -> dict[str, Tensor]:
-        return {role: self.answers[role] for role in ask}
+        self.asked.append(len(tree.target))
+        answers = {role: self.answers[role] for role in ask}
+        if all(want == "logprobs" for want in ask.values()) and len(tree.target) < min(map(len, answers.values())):
+            return {role: values[tree.target - FIRST] for role, values in answers.items()}  # a part of a batch
+        return answers
 
 
 def batch_of(lengths: Sequence[Sequence[int]], ranks: Sequence[Sequence[float]], **columns: Sequence[float]) -> Batch:
     """One batch: the lengths and ranks of each group's responses; `columns` are float[N] extras."""
+    number = count(FIRST)
     groups = [
         Group(
             (1,),
-            tuple(Response((5,) * n, per_response={"rank": r, "margin": 2 * r}) for n, r in zip(ls, rs, strict=True)),
+            tuple(
+                Response(tuple(islice(number, n)), per_response={"rank": r, "margin": 2 * r})
+                for n, r in zip(ls, rs, strict=True)
+            ),
         )
         for ls, rs in zip(lengths, ranks, strict=True)
     ]

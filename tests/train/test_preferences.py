@@ -149,6 +149,7 @@ def test_single_responses_by_hand(thumbs: None) -> None:
         expected = -1 / (1 + math.exp(-3 * (1 - kl))) + 1 / (1 + math.exp(-3 * (-1 - kl)))
         assert out.terms["thumbs"][0].item() == pytest.approx(expected, abs=1e-6)
         assert out.terms["thumbs"][1] == "prompts"
+        assert trunk.asked == [1 + 3, 2 + 1]  # what is borrowed, once; then what is learned from
         assert figures(out) == pytest.approx(
             {"rewards/desirable": 3.0, "rewards/undesirable": -3.0, "kl/mismatched": kl}, abs=1e-6
         )

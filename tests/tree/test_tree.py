@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kilter.errors import DataError
 from kilter.models.attention import visible
 from kilter.tree import (
+    Batch,
     Group,
     Response,
     TokenTree,
@@ -17,6 +23,7 @@ from kilter.tree import (
     make_batch,
     make_batches,
     make_tree,
+    part,
     scored,
     size,
     split_by_response,
@@ -231,3 +238,93 @@ def test_wide_rows_are_about_equally_long() -> None:
     rows = make_batches(uneven, row_tokens=1000, batch_tokens=1)
     assert sorted(batch.units["prompts"] for batch in rows) == [1, 1, 4]  # 901; 451; 501, 81, 41 and 21
     assert max(batch.tree.tokens.shape[1] for batch in rows) <= 1000
+
+
+def carried(rows: Sequence[Sequence[Group]]) -> Batch:
+    """With a number on each scored token, one on each response and one on the step."""
+    seen = count()
+    groups = [
+        [
+            replace(
+                group,
+                responses=tuple(
+                    replace(
+                        response,
+                        per_token={
+                            name: torch.tensor([float(next(seen)) for _ in range(scored(response))])
+                            for name in ("ref_logprobs", "old")
+                        },
+                        per_response={"mark": float(next(seen))},
+                    )
+                    for response in group.responses
+                ),
+            )
+            for group in row
+        ]
+        for row in rows
+    ]
+    batch = make_batch(groups)
+    return replace(batch, extras=batch.extras | {"kl": torch.tensor(3.0)})
+
+
+@given(st.lists(st.lists(groups(), min_size=1, max_size=3), min_size=1, max_size=3), st.randoms())
+@settings(max_examples=100, deadline=None)
+def test_a_part_is_the_batch_of_those_responses(rows: list[list[Group]], rng: random.Random) -> None:
+    """Of rows of groups with one to three responses, some kept: what each kept response sees, reads and carries is as
+    before, and nothing is left that none of them needs."""
+    whole = carried(rows)
+    assume(len(whole.tree.source) != len(whole.tree.last))
+    keep = torch.tensor([rng.random() < 0.5 for _ in whole.tree.last], dtype=torch.bool)
+    found = part(whole, keep)
+    assert found.units == whole.units and torch.equal(found.extras["kl"], whole.extras["kl"])
+    kept = [place for place, wanted in enumerate(keep.tolist()) if wanted]
+    assert len(found.tree.last) == len(kept) == len(found.extras["mark"])
+    old_paths, new_paths = paths(whole.tree), paths(found.tree)
+    for new, old in enumerate(kept):
+        assert new_paths[new] == old_paths[old]
+        assert found.extras["mark"][new] == whole.extras["mark"][old]
+        assert found.ref_logprobs is not None and whole.ref_logprobs is not None
+        for ours, theirs in ((found.ref_logprobs, whole.ref_logprobs), (found.extras["old"], whole.extras["old"])):
+            assert ours[found.tree.leaf == new].tolist() == theirs[whole.tree.leaf == old].tolist()
+    together = whole.tree.group[keep]
+    assert torch.equal(found.tree.group[:, None] == found.tree.group, together[:, None] == together)
+    needed = sum(map(len, held_places(whole.tree, kept)))
+    assert int((found.tree.segment >= 0).sum()) == needed and found.tree.tokens.shape[1] <= whole.tree.tokens.shape[1]
+
+
+def held_places(tree: TokenTree, kept: Sequence[int]) -> list[set[int]]:
+    """The places in each row that stand on the path of a kept response."""
+    width = tree.tokens.shape[1]
+    rows: list[set[int]] = [set() for _ in tree.tokens]
+    for response in kept:
+        row, end = divmod(int(tree.last[response]), width)
+        own = int(tree.segment[row, end])
+        rows[row] |= {
+            place
+            for place in range(width)
+            if tree.segment[row, place] >= 0 and tree.ancestors[row, own, tree.segment[row, place]]
+        }
+    return rows
+
+
+def paths(tree: TokenTree) -> list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
+    """By response: (token, position) of all that its last token sees, and (position read, target) of what is scored."""
+    width = tree.tokens.shape[1]
+    seen = visible(tree)
+    found = []
+    for response, last in enumerate(tree.last.tolist()):
+        row, end = divmod(last, width)
+        places = seen[row, end].nonzero().flatten().tolist()
+        path = [(int(tree.tokens[row, place]), int(tree.positions[row, place])) for place in places]
+        mine = (tree.leaf == response).nonzero().flatten().tolist()
+        assert all(int(tree.source[n]) // width == row for n in mine)
+        scored_here = [(int(tree.positions.flatten()[tree.source[n]]), int(tree.target[n])) for n in mine]
+        found.append((path, scored_here))
+    return found
+
+
+def test_no_part_is_an_empty_row() -> None:
+    whole = carried([[Group((1, 2), (Response((3, 4)),))]])
+    none = part(whole, torch.tensor([False]))
+    assert none.tree.tokens.shape == (1, 1) and len(none.tree.source) == len(none.tree.last) == 0
+    assert part(empty_batch(), torch.zeros(0, dtype=torch.bool)).tree.tokens.shape == (1, 1)

@@ -19,7 +19,7 @@ from kilter.losses import RANKED_LOSSES, UNPAIRED_LOSSES, PreferenceLoss, bind, 
 from kilter.ops import pairs_in_groups, sum_by
 from kilter.train import distributed
 from kilter.train.objectives import LossOutput, extra, side_by_side, summed
-from kilter.tree import Batch
+from kilter.tree import Batch, part
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ class Thumbs(_Preference):
     """Losses over single responses with a thumb up or down, weighted and summed, per prompt.
 
     Where a loss asks for `kl`, groups carry a second response that belongs to another prompt, marked `mismatched`: it
-    only measures how far the policy is from the reference, gets no gradient and is no unit (`sources.with_mismatched`).
+    only measures how far the policy is from the reference, before the step, and is no unit (`sources.with_mismatched`).
     """
 
     @property
@@ -335,20 +335,26 @@ class Thumbs(_Preference):
 
     @torch.no_grad()
     def prepare(self, trunk: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Fills in what is a function of the whole step: `kl` and `shift` of `registry.UNPAIRED_INPUTS`."""
-        if not self.asks_for("kl", "shift"):
-            return batches
+        """Fills in what is a function of the whole step, `kl` and `shift` of `registry.UNPAIRED_INPUTS`; then the
+        responses that are not to be learned from have done their part.
+        """
+        marks = [self._thumbs(batch)[1] > 0 for batch in batches]
+        found = self._over_the_step(trunk, batches, marks) if self.asks_for("kl", "shift") else {}
+        learned = [part(batch, ~mark) if mark.any() else batch for batch, mark in zip(batches, marks, strict=True)]
+        return [replace(batch, extras=batch.extras | found) for batch in learned]
+
+    def _over_the_step(self, trunk: nn.Module, batches: Sequence[Batch], marks: Sequence[Tensor]) -> dict[str, Tensor]:
         sums = torch.zeros(2, 3, dtype=torch.float64, device=batches[0].tree.tokens.device)
-        for batch in batches:
-            desirable, mismatched = self._thumbs(batch)
-            read = self._read(trunk, batch)
-            kinds = torch.stack([mismatched, (1 - mismatched) * desirable, (1 - mismatched) * (1 - desirable)]).double()
+        for batch, mismatched in zip(batches, marks, strict=True):
+            measured = batch if self.asks_for("shift") else part(batch, mismatched)
+            thumb, mark = (values.double() for values in self._thumbs(measured))
+            read = self._read(trunk, measured)
+            kinds = torch.stack([mark, (1 - mark) * thumb, (1 - mark) * (1 - thumb)])
             sums += torch.stack([kinds @ (read.logps - read.ref_logps).double(), kinds.sum(1)])
         ratios, counts = distributed.total(sums)
         means = ratios / counts.clamp(min=1)
-        kl = means[0].clamp(min=0).float()
-        shift = (means[1:].sum() / (counts[1:] > 0).sum().clamp(min=1)).float()
-        return [replace(batch, extras=batch.extras | {"kl": kl, "shift": shift}) for batch in batches]
+        shift = means[1:].sum() / (counts[1:] > 0).sum().clamp(min=1)
+        return {"kl": means[0].clamp(min=0).float(), "shift": shift.float()}
 
     def _thumbs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Thumbs and marks of mismatched responses; float[R] each."""
@@ -358,14 +364,13 @@ class Thumbs(_Preference):
         return desirable, batch.extras.get("mismatched", torch.zeros_like(desirable))
 
     def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
-        desirable, mismatched = self._thumbs(batch)
+        desirable, _ = self._thumbs(batch)
         read = self._read(trunk, batch)
-        (real,) = (mismatched == 0).nonzero(as_tuple=True)
-        desirable, tokens, rewards = (values[real] for values in (desirable, read.tokens, self._rewards(read)))
+        rewards = self._rewards(read)
         terms: dict[str, tuple[Tensor, str]] = {}
         for term in self.terms:
-            logps, ref_logps = (values[real] for values in read.sides(term.loss))
-            inputs = {"logps": logps, "ref_logps": ref_logps, "desirable": desirable, "tokens": tokens}
+            logps, ref_logps = read.sides(term.loss)
+            inputs = {"logps": logps, "ref_logps": ref_logps, "desirable": desirable, "tokens": read.tokens}
             inputs |= {
                 name: extra(batch, name, repr(term.name)) for name in ("kl", "shift") if name in term.loss.inputs
             }
