@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -355,13 +355,12 @@ def unroll(tree: TokenTree) -> TokenTree:
     )
 
 
-def part(batch: Batch, keep: Tensor) -> Batch:
+def part(batch: Batch, keep: Tensor, *, extras: Collection[str]) -> Batch:
     """Some of a batch's responses, each on its path: rows shrink to what these need, units stay those of the whole.
 
     Args:
         keep: bool[R].
-    Returns:
-        Extras as long as the responses are taken for theirs, those as long as the scored tokens for theirs.
+        extras: names of those that go along; each is [R]. The others are left out.
     """
     tree = batch.tree
     height, width = tree.tokens.shape
@@ -381,8 +380,6 @@ def part(batch: Batch, keep: Tensor) -> Batch:
         return rows.view(height, narrow)
 
     scored_here, number = keep[tree.leaf], keep.cumsum(0) - 1
-    masks = {len(scored_here): scored_here, len(keep): keep}
-    extras = {name: value[masks[len(value)]] if value.ndim else value for name, value in batch.extras.items()}
     smaller = TokenTree(
         tokens=laid(tree.tokens, 0),
         positions=laid(tree.positions, 0),
@@ -395,7 +392,8 @@ def part(batch: Batch, keep: Tensor) -> Batch:
         group=torch.unique(tree.group[keep], return_inverse=True)[1],
     )
     known = batch.ref_logprobs
-    return replace(batch, tree=smaller, ref_logprobs=None if known is None else known[scored_here], extras=extras)
+    carried = {name: batch.extras[name][keep] for name in extras if name in batch.extras}
+    return replace(batch, tree=smaller, ref_logprobs=None if known is None else known[scored_here], extras=carried)
 
 
 def split_by_response(values: Tensor, leaf: Tensor, num_responses: int) -> list[Tensor]:

@@ -14,10 +14,10 @@ from transformers.models.llama import modeling_llama
 
 from kilter.models.fused import FUSED, fuse
 
-OWN_NORMS = {"gemma2", "gemma3"}  # w + 1
+OWN_NORMS = {"gemma2", "gemma3", "olmo2"}  # w + 1; back to bfloat16 only at the end
 LAYER_NORMS = {"gpt2", "gpt_neox", "opt", "bloom", "cohere"}
 NO_ROTATION = {"gpt2", "opt", "bloom", "mamba"}
-PAIRS_SIDE_BY_SIDE = {"cohere"}
+OTHER_ROTATION = {"cohere", "olmo2"}  # pairs side by side; back to bfloat16
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -32,7 +32,7 @@ def test_what_is_known_is_replaced(family: str) -> None:
     norms = [is_fused(module) for module in model.modules() if "Norm" in type(module).__name__]
     attentions = [is_fused(module) for module in model.modules() if type(module).__name__.endswith("Attention")]
     assert set(norms) == {family not in OWN_NORMS | LAYER_NORMS}
-    assert set(attentions) == (set() if family == "mamba" else {family not in NO_ROTATION | PAIRS_SIDE_BY_SIDE})
+    assert set(attentions) == (set() if family == "mamba" else {family not in NO_ROTATION | OTHER_ROTATION})
     assert [type(module).__name__ for module in model.modules()] == names
     classes = [type(module) for module in model.modules()]
     fuse(model)
@@ -154,3 +154,28 @@ def test_a_norm_that_does_more_stays() -> None:
     norm = Clipped(16)
     fuse(norm)
     assert type(norm) is Clipped
+
+
+@pytest.mark.parametrize("family", [family for family in CONFIGS if family != "mamba"])
+@pytest.mark.parametrize("way", ["bfloat16", "autocast"])
+def test_a_model_in_bfloat16_says_the_same(family: str, way: str) -> None:
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    found = []
+    for fused in (False, True):
+        model = untouched_model(family)
+        if way == "bfloat16":
+            model.to(torch.bfloat16)
+        if fused:
+            fuse(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"), torch.no_grad():
+            found.append(model(input_ids=ids, use_cache=False).logits)
+    assert found[0].dtype == found[1].dtype and torch.equal(*found)
+
+
+def test_a_frozen_weight_gets_no_gradient() -> None:
+    norm: Any = modeling_llama.LlamaRMSNorm(16)
+    fuse(norm)
+    norm.weight.requires_grad_(False)
+    x = torch.randn(3, 16, requires_grad=True)
+    norm(x).sum().backward()
+    assert norm.weight.grad is None and x.grad is not None

@@ -170,3 +170,17 @@ def test_what_takes_more_than_positions_is_done_whole() -> None:
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     with layer.only(last_layer.Read(torch.tensor([1, 7]), None)):
         assert torch.equal(mlp(hidden, hidden), plain(hidden) + hidden)
+
+
+def test_a_forward_of_its_own_comes_back() -> None:
+    """As a hook of another library puts one there; and what it is told by name is for it alone."""
+    model = trained_model("llama")
+    layer, mlp = last_layer.LastLayer(decoder(model)), last_of(model).mlp
+    plain, told = mlp.forward, []
+    mlp.forward = lambda hidden, **named: told.append(named) or plain(hidden)
+    own = mlp.forward
+    hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    with layer.only(last_layer.Read(torch.tensor([1, 7]), None)):
+        assert mlp(hidden).flatten(0, 1)[[0, 2, 3]].abs().max() == 0
+        assert torch.equal(mlp(hidden, scale=2.0), plain(hidden))
+    assert mlp.forward is own and told == [{}, {"scale": 2.0}]

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call as call
 
+TYPES = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+)
+"""Of what comes in and of what it meets (weights; cosines and sines), with which a part is tried: families differ in
+where they go back to the lower one."""
 ROTARY = "apply_rotary_pos_emb"
 """What transformers' families call the function; each family has its own."""
 FUSED = "_kilter_fused"
@@ -33,6 +41,10 @@ def fuse(model: nn.Module) -> None:
             module.__class__ = _fused_norm(own)
         elif ROTARY in getattr(getattr(own.forward, "__code__", None), "co_names", ()):
             module.__class__ = _fused_rotary(own)
+
+
+def _same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _subclass(base: type, forward: Callable[..., Any]) -> type:
@@ -58,19 +70,23 @@ class _RMSNorm(torch.autograd.Function):
         return normed.mul_(weight) if normed.dtype == weight.dtype else normed * weight
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, scale, weight = ctx.saved_tensors
         inner, grad, w = x.float(), grads[0].float(), weight.float()
         both = grad * inner
-        of_weight = scale.flatten() @ both.flatten(0, -2)
+        of_weight = scale.flatten() @ both.flatten(0, -2) if ctx.needs_input_grad[1] else None
         shared = (both @ w)[..., None].mul_(scale**3).div_(-x.shape[-1])
         of_x = (grad * w).mul_(scale).addcmul_(inner, shared)
-        return of_x.to(x.dtype), of_weight.to(weight.dtype), None
+        return of_x.to(x.dtype), None if of_weight is None else of_weight.to(weight.dtype), None
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _fused_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    out: Tensor = _RMSNorm.apply(hidden_states, self.weight, _eps(self))  # type: ignore[no-untyped-call]
-    return out
+    return _normed(hidden_states, self.weight, _eps(self))
 
 
 @functools.cache
@@ -89,9 +105,11 @@ def _is_rms_norm(module: Any) -> bool:
         return False
     if len(inspect.signature(type(module).forward).parameters) != 2 or len(list(module.parameters())) != 1:
         return False
-    x = torch.linspace(-1.0, 2.0, 2 * len(weight), device=weight.device, dtype=weight.dtype).view(2, -1)
+    x = torch.linspace(-1.0, 2.0, 2 * len(weight), device=weight.device).view(2, -1)
     with torch.no_grad():
-        return torch.equal(module(x), _fused_forward(module, x))
+        tried = [(x.to(given), weight.to(held)) for given, held in TYPES]
+        ours, theirs = [_normed(a, w, eps) for a, w in tried], [call(module, {"weight": w}, a) for a, w in tried]
+    return _same(ours, theirs)
 
 
 # Rotary positions ----------------------------------------------------------------------------------------------------
@@ -145,7 +163,10 @@ def _fused_rotary(base: Any) -> type:
     ours = _rotated(theirs)
     q, k, cos, sin = (torch.linspace(-1.0, end, 24).view(1, *shape, 8) for end, shape in TRIED)
     try:
-        same = all(map(torch.equal, ours(q, k, cos, sin), theirs(q, k, cos, sin)))
+        same = all(
+            _same(*(f(q.to(given), k.to(given), cos.to(held), sin.to(held)) for f in (ours, theirs)))
+            for given, held in TYPES
+        )
     except (RuntimeError, TypeError, IndexError):
         same = False
     if not same:

@@ -67,29 +67,33 @@ class LastLayer:
     def only(self, read: Read | None) -> Iterator[None]:
         """Inside, the layer does what is read and no more; None: it does all."""
         before, self.read = self.read, read
-        ours = self._put_in() if before is None and read is not None else []
+        replaced = self._put_in() if before is None and read is not None else []
         try:
             yield
         finally:
             self.read = before
-            for module in ours:
+            for module, own in replaced:
                 del module.forward
+                if own is not None:
+                    module.forward = own
 
-    def _put_in(self) -> list[nn.Module]:
+    def _put_in(self) -> list[tuple[Any, Any]]:
+        """The parts that do less from now on, each with the forward of its own that it had, or None."""
         found = []
         for name in (*PARTS, ATTENTION):
             module: Any = self._layer
             for step in name.split("."):
                 module = getattr(module, step, None)
             if module is not None:
+                found.append((module, vars(module).get("forward")))
                 module.forward = (self._queries if name == ATTENTION else self._positions)(module.forward)
-                found.append(module)
         return found
 
     def _positions(self, whole: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(hidden: Tensor, *others: Any) -> Any:
-            if self.read is None or others:  # what else it takes may have a row for each position, too
-                return whole(hidden, *others)
+        def forward(*args: Any, **others: Any) -> Any:
+            if self.read is None or others or len(args) != 1:  # what else it takes may have rows for positions, too
+                return whole(*args, **others)
+            (hidden,) = args
             flat, positions = hidden.flatten(0, -2), self.read.positions
             done = whole(flat.index_select(0, positions)[None])
             out, *rest = done if isinstance(done, tuple) else (done,)

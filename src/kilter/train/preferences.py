@@ -319,6 +319,9 @@ def _head(logprobs: Tensor, start: Tensor, length: Tensor) -> Tensor:
 
 # Single responses ----------------------------------------------------------------------------------------------------
 
+THUMBS = ("desirable", "mismatched")
+"""What responses with a thumb carry."""
+
 
 @dataclass(frozen=True)
 class Thumbs(_Preference):
@@ -340,13 +343,16 @@ class Thumbs(_Preference):
         """
         marks = [self._thumbs(batch)[1] > 0 for batch in batches]
         found = self._over_the_step(trunk, batches, marks) if self.asks_for("kl", "shift") else {}
-        learned = [part(batch, ~mark) if mark.any() else batch for batch, mark in zip(batches, marks, strict=True)]
+        learned = [
+            part(batch, ~mark, extras=THUMBS) if mark.any() else batch
+            for batch, mark in zip(batches, marks, strict=True)
+        ]
         return [replace(batch, extras=batch.extras | found) for batch in learned]
 
     def _over_the_step(self, trunk: nn.Module, batches: Sequence[Batch], marks: Sequence[Tensor]) -> dict[str, Tensor]:
         sums = torch.zeros(2, 3, dtype=torch.float64, device=batches[0].tree.tokens.device)
         for batch, mismatched in zip(batches, marks, strict=True):
-            measured = batch if self.asks_for("shift") else part(batch, mismatched)
+            measured = batch if self.asks_for("shift") else part(batch, mismatched, extras=THUMBS)
             thumb, mark = (values.double() for values in self._thumbs(measured))
             read = self._read(trunk, measured)
             kinds = torch.stack([mark, (1 - mark) * thumb, (1 - mark) * (1 - thumb)])
