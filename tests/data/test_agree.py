@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,20 +58,21 @@ def crowd(seed: int = 0, *, items: int = 60, times: bool = False) -> list[Judgem
 
 def test_a_ranking_is_its_pairs() -> None:
     found = verdicts([judged("a", (0, 1, 1), ("x", "y", "z")), judged("b", (0, 1), ("z", "x"))])
-    assert [(verdict.annotator, verdict.value) for verdict in found.kept] == [("a", -1), ("a", -1), ("a", 0), ("b", 1)]
-    assert found.kept[3].item == found.kept[1].item and found.texts[found.kept[3].item] == ("x", "z")
+    better = [found.texts[v.item][v.value > 0] if v.value else "tie" for v in found.kept]
+    assert [v.annotator for v in found.kept] == ["a", "a", "a", "b"] and better == ["x", "x", "tie", "z"]
+    assert found.kept[3].item == found.kept[1].item and sorted(found.texts[found.kept[3].item]) == ["x", "z"]
     assert len({verdict.item for verdict in found.kept}) == 3 and found.kept[3].record == 1
 
 
 def test_order_and_prompt_make_the_item() -> None:
     found = verdicts([judged("a", (0, 1)), judged("b", (1, 0), ("y", "x")), judged("a", (0, 1), asked="Other?")])
     one, turned, other = found.kept
-    assert one.item == turned.item != other.item and one.value == turned.value == -1 and one.prompt != other.prompt
+    assert one.item == turned.item != other.item and one.value == turned.value != 0 and one.prompt != other.prompt
 
 
 def test_the_first_of_repeated_verdicts_counts() -> None:
     found = verdicts([judged("a", (0, 1)), judged("a", (1, 0)), judged("b", (0, 1)), judged("a", (1, 0), ("y", "x"))])
-    assert found.repeated == 2 and [verdict.value for verdict in found.kept] == [-1, -1]
+    assert found.repeated == 2 and found.kept[0].value == found.kept[1].value
 
 
 @pytest.mark.parametrize(
@@ -137,3 +139,50 @@ def test_the_command_wants_judgements(tmp_path: Path, capsys: pytest.CaptureFixt
     write(file, [PreferencePair(prompt=ASKED, chosen="x", rejected="y")])
     assert main(["data", "agreement", str(file)]) == 2
     assert "no judgement can be made of them" in capsys.readouterr().err
+
+
+def test_the_order_of_a_file_is_no_opinion() -> None:
+    """The better response first in every row, or in none: not one figure moves. (With an item's order taken from its
+    first row all verdicts would be of one category, and alpha negative.)"""
+    records = crowd()
+    first = [replace(r, responses=r.responses[:: 1 if r.ranks[0] == 0 else -1], ranks=(0, 1)) for r in records]
+    last = [replace(r, responses=r.responses[::-1], ranks=(1, 0)) for r in first]
+    told = [agreement_of(verdicts(one)).to_dict() for one in (records, first, last)]
+    assert told[0] == told[1] == told[2] and told[0]["measures"]["alpha, nominal"]["mean"] > 0.3
+
+
+def test_chance_is_as_the_file_lets_one_choose() -> None:
+    """Coins agree half of the time, which is nothing where nobody may call a tie."""
+    rng = np.random.default_rng(0)
+    coins = [judged(who, (0, 1) if rng.random() < 0.5 else (1, 0), asked=f"{n}?") for n in range(300) for who in "ab"]
+    told = agreement_of(verdicts(coins))
+    assert abs(told.measures["AC1"].mean - told.measures["alpha, nominal"].mean) < 0.02
+    tied = agreement_of(verdicts([*coins, judged("a", (0, 0), asked="T?"), judged("b", (0, 0), asked="T?")]))
+    assert tied.measures["AC1"].mean > 0.2
+
+
+def test_one_text_twice_is_no_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = [judged(who, (0, 1, 2), ("x", "x", "y")) for who in "ab"]
+    found = verdicts(same)
+    assert (found.identical, found.repeated, len(found.kept)) == (2, 2, 2)
+    with pytest.raises(DataError, match="no two different responses were compared"):
+        agreement_of(verdicts([judged("a", (0, 1), ("x", "x"))]))
+    file = tmp_path / "judged.jsonl"
+    write(file, [*same, judged("a\n  alpha, nominal  0.999", (0, 1, 2), ("x", "z", "y"))])
+    assert main(["data", "agreement", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "2 verdicts on two responses of one text" in out
+    assert not any(line.startswith("  alpha, nominal  0.999") for line in out.splitlines())
+
+
+def test_of_one_item_nothing_is_known() -> None:
+    told = agreement_of(verdicts([judged("a", (0, 1)), judged("b", (0, 1)), judged("c", (1, 0))]))
+    assert told.measures["raw"].mean == pytest.approx(1 / 3) and told.measures["raw"].low == -np.inf
+
+
+@pytest.mark.parametrize("words", [["--seed", "-1"], ["--resamples", "100000000"]])
+def test_numbers_out_of_range(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "judged.jsonl"
+    write(file, crowd())
+    assert main(["data", "agreement", str(file), *words]) == 2
+    assert words[0].strip("-") in capsys.readouterr().err

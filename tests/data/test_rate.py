@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def contest(seed: int = 0, *, judgements: int = 400) -> list[Judgement]:
         won = rng.random() < 1 / (1 + np.exp(-likes))
         tied = rng.random() < 0.1
         ranks = (0, 0) if tied else (0, 1) if won else (1, 0)
-        texts = ["x" * size for size in sizes]
+        texts = [name[0] * size for name, size in zip((one, other), sizes, strict=True)]
         found.append(judged((one, other), ranks, who=f"w{number % 11}", asked=f"{number % 37}?", texts=texts))
     return found
 
@@ -127,3 +128,42 @@ def test_the_models_of_tulu() -> None:
     records = read(SHARED / "tulu1_human_eval" / "eval_annotations.jsonl.gz", record="judgement").records
     told = rating_of(comparisons_of(records))
     assert [model.name for model in told.models] == ["chatgpt", "tulu_65B", "tulu_7B", "tulu_human_only_65B"]
+
+
+def test_one_annotator_is_no_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a judge that is a model: intervals by prompt; of one prompt as well, by comparison."""
+    alone = [replace(record, annotator="judge") for record in contest()]
+    told = rating_of(comparisons_of(alone))
+    assert told.clusters == ("prompt",) and all(np.isfinite(model.strength.low) for model in told.models)
+    one = [replace(record, prompt=contest()[0].prompt) for record in alone]
+    told = rating_of(comparisons_of(one))
+    assert told.clusters == () and all(np.isfinite(model.strength.low) for model in told.models)
+    file = tmp_path / "judged.jsonl"
+    write(file, [replace(record, models=("a\n    9 +9999", "b"), responses=("x", "yy")) for record in alone])
+    assert main(["data", "rate", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "hold together what is of one prompt" in out and not any(
+        line.startswith("    9 +9999") for line in out.split("\n")
+    )
+
+
+def test_few_clusters_never_tell_apart_what_is_not_known() -> None:
+    for seed in range(20):
+        few = [replace(record, annotator=f"w{place % 2}") for place, record in enumerate(contest(seed, judgements=60))]
+        for model in rating_of(comparisons_of(few)).models:
+            assert not np.isnan([*model.strength[:3]]).any() and model.strength.low <= model.strength.high
+
+
+def test_style_that_explains_everything_is_refused() -> None:
+    always = [judged(("a", "b"), (0, 1), asked=f"{n}?", texts=("x" * (20 + n), "y")) for n in range(40)]
+    always += [judged(("b", "a"), (0, 1), asked=f"{n}!", texts=("x" * (20 + n), "y")) for n in range(40)]
+    with pytest.raises(DataError, match="strength, style and ties cannot be told apart"):
+        rating_of(comparisons_of(always, style=True))
+    ties = [judged(("a", "b"), (0, 0), asked=f"{n}?") for n in range(9)]
+    with pytest.raises(DataError, match="strength, style and ties cannot be told apart"):
+        rating_of(comparisons_of(ties), ties="davidson")
+
+
+def test_an_answer_of_newlines_ends() -> None:
+    """Where blank lines are tried again from each of them, this takes hours."""
+    assert STYLE["lists"]("\n" * 200_000 + "- a") == 1

@@ -62,9 +62,9 @@ class AgreementOptions(ReadOptions):
 
     as_json: bool = False
     """Print everything as JSON."""
-    resamples: Annotated[int, Field(ge=100)] = 1000
+    resamples: Annotated[int, Field(ge=100, le=100_000)] = 1000
     """Draws of items for the intervals."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of the draws."""
 
 
@@ -77,7 +77,7 @@ class RateOptions(ReadOptions):
     """Strength beside the length, lists and headers of the responses."""
     as_json: bool = False
     """Print everything as JSON."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of the shuffles that show how Elo's ratings depend on the order."""
 
 
@@ -176,25 +176,29 @@ def _agreement(path: str, options: AgreementOptions) -> int:
     )
     if told.repeated:
         print(f"  {told.repeated} further verdicts of an annotator on an item he had judged are left out")
+    if told.identical:
+        print(f"  {told.identical} verdicts on two responses of one text are left out")
     for name, interval in told.measures.items():
         print(f"  {name:<16}{_figure(interval)}  {BESIDE.get(name, '')}".rstrip())
     for title, groups in (("alpha by kind", told.by_kind), ("alpha by time", told.by_time)):
         if groups:
             print(f"  {title}:")
         for name, interval in groups.items():
-            print(f"    {_figure(interval)}  {visible(name) or 'no kind'}")
+            print(f"    {_figure(interval)}  {_line(name) or 'no kind'}")
     if told.pairs:
         print("  kappa of the annotators with the most items in common:")
         for names, (kappa, common) in told.pairs.items():
-            print(f"    {_figure(kappa)}  {visible(' and '.join(names))}, {common} items")
+            print(f"    {_figure(kappa)}  {_line(' and '.join(names))}, {common} items")
     worst = [(name, pull) for name, pull in told.pull.items() if pull < 0][:WORST]
     if worst:
         print("  annotators who pull alpha down, and by how much:")
         for name, pull in worst:
-            print(f"    {pull:+.3f}  {visible(name)}")
-    print("  items that pull alpha down most:")
-    for item, pull in list(told.items_pull.items())[:WORST]:
-        texts = [visible(" ".join(text.split())) for text in found.texts[item]]
+            print(f"    {pull:+.3f}  {_line(name)}")
+    odd = [(item, pull) for item, pull in told.items_pull.items() if pull < 0][:WORST]
+    if odd:
+        print("  items that pull alpha down most:")
+    for item, pull in odd:
+        texts = [_line(text) for text in found.texts[item]]
         shown = [text if len(text) <= 40 else text[:39] + "…" for text in texts]
         print(f"    {pull:+.4f}  {shown[0]!r} or {shown[1]!r}")
     alpha = told.measures.get("alpha, nominal")
@@ -216,15 +220,21 @@ def _rate(path: str, options: RateOptions) -> int:
         return 0
     print(f"{path}: {told.comparisons} comparisons, {told.ties} of them ties, of {len(told.models)} models")
     print("  points (400: odds of ten); = cannot be told from the next; Elo's rating in the file's order and in others")
+    print(f"  intervals hold together what is of one {' or '.join(told.clusters) or 'comparison'}")
     for place, model in enumerate(told.models, start=1):
         low, mean, high = model.strength.low, model.strength.mean, model.strength.high
         print(
-            f"  {place:>3} {mean:+6.0f} [{low:+.0f}, {high:+.0f}] {' ' if model.apart else '='} {visible(model.name)}"
+            f"  {place:>3} {mean:+6.0f} [{low:+.0f}, {high:+.0f}] {' ' if model.apart else '='} {_line(model.name)}"
             f"  ({model.comparisons} comparisons; Elo {model.elo:+.0f}, {model.elo_low:+.0f} to {model.elo_high:+.0f})"
         )
     for name, worth in told.style.items():
         print(f"  style: one standard deviation more {name} is worth {worth:+.0f} points")
     return 0
+
+
+def _line(text: str) -> str:
+    """On one line, whatever stands in it."""
+    return visible(" ".join(text.split()))
 
 
 def _figure(interval: Interval) -> str:

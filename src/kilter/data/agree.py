@@ -46,6 +46,7 @@ class Agreement:
     items: int
     annotators: int
     repeated: int
+    identical: int
     measures: dict[str, Interval]
     """By name; a measure that has no value here is left out."""
     by_kind: dict[str, Interval]
@@ -66,6 +67,7 @@ class Agreement:
             "items": self.items,
             "annotators": self.annotators,
             "repeated": self.repeated,
+            "identical": self.identical,
             **{
                 name: {key: interval.to_dict() for key, interval in found.items()}
                 for name, found in (("measures", self.measures), ("by_kind", self.by_kind), ("by_time", self.by_time))
@@ -87,7 +89,10 @@ def agreement_of(verdicts: Verdicts, *, seed: int = 0, resamples: int = 1000) ->
     Raises:
         DataError: no two annotators judged one item, or all said the same.
     """
-    ratings = _ratings(verdicts.kept)
+    if not verdicts.kept:
+        raise DataError("no two different responses were compared; agreement needs verdicts")
+    tied = any(verdict.value == TIE for verdict in verdicts.kept)
+    ratings = _ratings(verdicts.kept, tied)
     if np.bincount(ratings.item).max() < 2:
         raise DataError(
             f"{len(ratings.items)} items were judged by one annotator each; agreement needs items that two or more "
@@ -95,8 +100,9 @@ def agreement_of(verdicts: Verdicts, *, seed: int = 0, resamples: int = 1000) ->
         )
 
     def measured(kept: Sequence[Verdict], measure: Callable[[Ratings], Coefficient]) -> Interval | None:
+        generator = np.random.default_rng(seed)
         try:
-            return measure(_ratings(kept)).interval(np.random.default_rng(seed), resamples=resamples)
+            return measure(_ratings(kept, tied)).interval(generator, resamples=resamples)
         except ValueError:  # it has no value for these
             return None
 
@@ -113,6 +119,7 @@ def agreement_of(verdicts: Verdicts, *, seed: int = 0, resamples: int = 1000) ->
         items=len(ratings.items),
         annotators=len(ratings.raters),
         repeated=verdicts.repeated,
+        identical=verdicts.identical,
         measures={name: interval for name, interval in measures.items() if interval is not None},
         by_kind=each(_by_kind(verdicts.kept)),
         by_time=each(_by_time(verdicts.kept)),
@@ -122,9 +129,11 @@ def agreement_of(verdicts: Verdicts, *, seed: int = 0, resamples: int = 1000) ->
     )
 
 
-def _ratings(kept: Sequence[Verdict]) -> Ratings:
+def _ratings(kept: Sequence[Verdict], tied: bool) -> Ratings:
+    """`tied`: somewhere in the file is a tie; else a tie was nothing one could say, which AC1 has to know."""
     rows = [(verdict.item, verdict.annotator, verdict.value) for verdict in kept]
-    return Ratings.of(rows, categories=(BETTER_FIRST, TIE, BETTER_SECOND))
+    categories = (BETTER_FIRST, TIE, BETTER_SECOND) if tied else (BETTER_FIRST, BETTER_SECOND)
+    return Ratings.of(rows, categories=categories)
 
 
 def _lowest(values: dict[str, float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ class Verdict(NamedTuple):
     """Which two: a hash of prompt and texts, whichever stood first."""
     annotator: str
     value: int
-    """Which is better, in the order in which the item was met first: -1, 0 (tie) or 1."""
+    """Which is better: -1, 0 (tie) or 1, in an order of the two texts that has nothing to do with the file's."""
     prompt: str
     """The prompt's id."""
     kind: str
@@ -34,6 +34,8 @@ class Verdicts(NamedTuple):
     kept: list[Verdict]
     repeated: int
     """Further verdicts of an annotator on an item that he had judged: they are no agreement with anybody else."""
+    identical: int
+    """Verdicts on two responses of one text: they say nothing."""
     texts: dict[str, tuple[str, str]]
     """By item, its two responses."""
 
@@ -46,7 +48,7 @@ def verdicts(records: Iterable[Record]) -> Verdicts:
     """
     kept: dict[tuple[str, str], Verdict] = {}
     texts: dict[str, tuple[str, str]] = {}
-    repeated = 0
+    repeated = identical = 0
     for place, record in enumerate(records):
         if not isinstance(record, Judgement):
             raise DataError(
@@ -57,8 +59,13 @@ def verdicts(records: Iterable[Record]) -> Verdicts:
         prompt = prompt_id(record.prompt)
         ranked = zip(record.responses, record.ranks, strict=True)
         for (one, of_one), (other, of_other) in combinations(ranked, 2):
-            item = content_hash([prompt, *sorted((one, other))])
-            first = texts.setdefault(item, (one, other))[0]
+            if one == other:
+                identical += 1
+                continue
+            # By hash: a file that puts the better response first would have all its verdicts in one category.
+            first, second = sorted((one, other), key=content_hash)
+            item = content_hash([prompt, first, second])
+            texts[item] = first, second
             value = (of_one > of_other) - (of_one < of_other)
             value = value if one == first else -value
             verdict = Verdict(item, record.annotator, value, prompt, record.kind, record.at, place)
@@ -66,4 +73,4 @@ def verdicts(records: Iterable[Record]) -> Verdicts:
                 repeated += 1
             else:
                 kept[item, record.annotator] = verdict
-    return Verdicts(list(kept.values()), repeated, texts)
+    return Verdicts(list(kept.values()), repeated, identical, texts)

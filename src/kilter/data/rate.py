@@ -18,7 +18,7 @@ from kilter.stats.ratings import ELO_PER_NAT, Comparisons, Scale, Ties, elo, rat
 
 STYLE: dict[str, Callable[[str], float]] = {
     "log length": lambda text: math.log(1 + len(text)),
-    "lists": lambda text: float(len(re.findall(r"^\s*(?:[-*+]|\d+[.)])\s", text, re.MULTILINE))),
+    "lists": lambda text: float(len(re.findall(r"^[ \t]*(?:[-*+]|\d+[.)])[ \t]", text, re.MULTILINE))),
     "headers": lambda text: float(len(re.findall(r"^#{1,6}\s", text, re.MULTILINE))),
 }
 """What a response looks like, beside what it says."""
@@ -62,6 +62,8 @@ class Rating:
     style: dict[str, float]
     """What one standard deviation of a property is worth, in points; empty without control of style."""
     tie: float | None
+    clusters: tuple[str, ...]
+    """What the intervals hold together: that of which there are two or more."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -71,13 +73,14 @@ class Rating:
             "ties": self.ties,
             "style": self.style,
             "log_nu": self.tie,
+            "clusters": list(self.clusters),
         }
 
 
 def comparisons_of(records: Iterable[Record], *, style: bool = False) -> Comparisons:
     """Every two responses of every judgement, as a comparison of the models that wrote them.
 
-    Two responses of one model say nothing about models and are left out.
+    Two responses of one model, or of one text, say nothing about models and are left out.
 
     Args:
         style: with the differences of `STYLE` beside, each in its own standard deviations.
@@ -91,15 +94,16 @@ def comparisons_of(records: Iterable[Record], *, style: bool = False) -> Compari
         if not isinstance(record, Judgement) or not record.models:
             raise DataError(f"record {place + 1} does not say which model wrote each response; ratings need 'models'")
         prompt = prompt_id(record.prompt)
+        looks = [{name: STYLE[name](text) for name in columns} for text in record.responses]
         for one, other in combinations(range(len(record.responses)), 2):
-            if record.models[one] == record.models[other]:
+            if record.models[one] == record.models[other] or record.responses[one] == record.responses[other]:
                 continue
             better = record.ranks[one] - record.ranks[other]
             rows.append((record.models[one], record.models[other], 0.5 if better == 0 else float(better < 0)))
             who.append(record.annotator)
             prompts.append(prompt)
             for name, column in columns.items():
-                column.append(STYLE[name](record.responses[one]) - STYLE[name](record.responses[other]))
+                column.append(looks[one][name] - looks[other][name])
     if not rows:
         raise DataError("no two responses of different models were compared; ratings need comparisons of models")
     scaled = {name: np.array(column) / np.std(column) for name, column in columns.items() if np.std(column) > 0}
@@ -141,6 +145,7 @@ def rating_of(comparisons: Comparisons, *, ties: Ties = "half", seed: int = 0) -
         int((comparisons.outcome == 0.5).sum()),
         {name: ELO_PER_NAT * worth for name, worth in scale.style.items()},
         scale.tie,
+        scale.clusters,
     )
 
 

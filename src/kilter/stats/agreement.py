@@ -112,7 +112,7 @@ class Coefficient(NamedTuple):
 
     def interval(self, generator: np.random.Generator, *, resamples: int = 1000, confidence: float = 0.95) -> Interval:
         """With its percentile interval over draws of whole items (Davison and Hinkley 1997, section 3.8); `n` counts
-        the items that add to it.
+        the items that add to it, and of one nothing is known.
 
         Raises:
             ValueError: the coefficient has no value, as where all ratings are the same.
@@ -122,6 +122,9 @@ class Coefficient(NamedTuple):
             raise ValueError(
                 "agreement beyond chance has no value: no item has two ratings, or all ratings are of one category"
             )
+        count = int((self.parts != 0).any(1).sum())
+        if count == 1:
+            return Interval(value, -np.inf, np.inf, 1)
         found = []
         step = max(1, DRAWS_AT_ONCE // size)
         for begin in range(0, resamples, step):
@@ -129,7 +132,7 @@ class Coefficient(NamedTuple):
             found.append(self.of(drawn @ self.parts))
         draws = np.concatenate(found)
         low, high = np.quantile(draws[np.isfinite(draws)], [(1 - confidence) / 2, (1 + confidence) / 2])
-        return Interval(value, float(low), float(high), int((self.parts != 0).any(1).sum()))
+        return Interval(value, float(low), float(high), count)
 
     def pull(self) -> Floats:
         """float[items]: the coefficient with an item, less that without it. Low: the item pulls agreement down."""

@@ -25,6 +25,12 @@ Ties = Literal["half", "davidson"]
 TOLERANCE = 1e-10
 """Newton ends when no parameter moves by more."""
 STEPS = 100
+LARGEST = 30.0
+"""Nats beyond which a parameter has run away: nobody has seen odds of 10^13."""
+UNSAID = (
+    "no rating: strength, style and ties cannot be told apart here (a property of style, or a tie, goes with every "
+    "verdict, or two properties say the same); leave style out, use ties 'half', or collect more comparisons"
+)
 ELO_PER_NAT = 400.0 / np.log(10.0)
 """Points of Elo's scale in a nat of odds."""
 DENSE_UP_TO = 1 << 23
@@ -100,6 +106,8 @@ class Scale:
     """log nu of Davidson's model."""
     freedom: int
     """Of Student's t: the clusters less one, the fewest of the kinds."""
+    clusters: tuple[str, ...] = ()
+    """The kinds of clusters that the covariance holds together: those of which there are two or more."""
 
     def interval(self, name: Hashable, *, against: Hashable | None = None, confidence: float = 0.95) -> Interval:
         """Of a strength, or of the difference of two."""
@@ -108,6 +116,8 @@ class Scale:
         if against is not None:
             pick[self.names.index(against)] -= 1.0
         mean = float(pick[: len(self.names)] @ self.strength)
+        if self.freedom < 1:
+            return Interval(mean, -np.inf, np.inf, 1)
         half = float(stdtrit(self.freedom, (1 + confidence) / 2) * np.sqrt(pick @ self.covariance @ pick))
         return Interval(mean, mean - half, mean + half, self.freedom + 1)
 
@@ -139,7 +149,7 @@ def rate(comparisons: Comparisons, *, ties: Ties = "half") -> Scale:
         ties: "half" or "davidson".
     Raises:
         ValueError: some always won or always lost against all others, or the comparisons fall apart into groups: their
-            strengths have no finite value, and they are named.
+            strengths have no finite value, and they are named. Or style or ties explain every verdict.
     """
     if ties not in get_args(Ties):
         raise ValueError(f"ties {ties!r}; choose one of {', '.join(get_args(Ties))}")
@@ -244,17 +254,23 @@ class _Model:
     def fit(self) -> tuple[Floats, Floats]:
         """Newton with halved steps; the parameters and the information there, with the mean strength held at 0."""
         at = np.zeros(self.number)
+        moved = np.inf
         for _ in range(STEPS):
             expected, variance, tie, both, likelihood = self.moments(at)
             gradient = self._spread(self.weight * (self.outcome - expected), self.weight * (self.tied - tie))
             information = self._information(variance, tie, both)
-            step = np.linalg.solve(information, gradient)
+            try:
+                step = np.linalg.solve(information, gradient)
+            except np.linalg.LinAlgError as err:
+                raise ValueError(UNSAID) from err
             scale = 1.0
             while self.moments(at + scale * step)[-1] < likelihood - 1e-9 * abs(likelihood) and scale > 1e-6:
                 scale /= 2
-            at = at + scale * step
-            if np.abs(scale * step).max() < TOLERANCE:
+            at, moved = at + scale * step, float(np.abs(scale * step).max())
+            if moved < TOLERANCE:
                 break
+        if moved > 1e-6 or np.abs(at).max() > LARGEST:
+            raise ValueError(UNSAID)
         return at, self._information(*self.moments(at)[1:4])
 
     def _spread(self, of_left: Floats, of_tie: Floats) -> Floats:
@@ -284,7 +300,8 @@ class _Model:
     def scale(self, at: Floats, information: Floats) -> Scale:
         """The parameters with their sandwich."""
         of_left, of_tie = self.scores(at)
-        clusters = list(self.all.clusters.values())
+        held = {name: cluster for name, cluster in self.all.clusters.items() if cluster.max() > 0}
+        clusters = list(held.values())
         if not clusters:
             number = int(self.weight.sum())
             meat = self._second(self.weight * of_left**2, self.weight * of_left * of_tie, self.weight * of_tie**2)
@@ -296,14 +313,19 @@ class _Model:
             common = _numbered_pairs(clusters[0], other)
             meat, freedom = meat + more - self._meat(common, of_left, of_tie)[0], min(freedom, fewer)
         bread = np.linalg.inv(information)
+        covariance = bread @ meat @ bread
+        if len(clusters) > 1:  # the difference need not be positive: Cameron, Gelbach and Miller 2011, section 2.3
+            values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+            covariance = (vectors * values.clip(min=0)) @ vectors.T
         m, styles = self.size, self.z.shape[1]
         return Scale(
             self.all.names,
             at[:m],
-            bread @ meat @ bread,
+            covariance,
             dict(zip(self.all.style, at[m : m + styles].tolist(), strict=True)),
             float(at[-1]) if self.davidson else None,
             freedom,
+            tuple(held),
         )
 
     def _meat(self, cluster: Integers, of_left: Floats, of_tie: Floats) -> tuple[Floats, int]:
