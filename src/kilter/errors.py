@@ -17,6 +17,11 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
+def one_line(text: str) -> str:
+    """Such text on one line, whatever stands in it."""
+    return visible(" ".join(text.split()))
+
+
 class KilterError(Exception):
     """Base of every error that a user can cause."""
 

@@ -331,9 +331,7 @@ def unroll(tree: TokenTree) -> TokenTree:
     width = tree.tokens.shape[1]
     row, end = tree.last // width, tree.last % width
     segment = tree.segment[row]  # [R, T]
-    own = segment.gather(1, end[:, None])  # [R, 1]
-    on_path = tree.ancestors[row].gather(1, own[:, :, None].expand(-1, 1, tree.ancestors.shape[2]))[:, 0]  # [R, S]
-    seen = on_path.gather(1, segment.clamp(min=0)) & (segment >= 0)
+    seen = _on_path(tree).gather(1, segment.clamp(min=0)) & (segment >= 0)
     seen &= torch.arange(width, device=tree.tokens.device) <= end[:, None]
     lengths = seen.sum(1)
     longest = int(lengths.max())
@@ -355,6 +353,11 @@ def unroll(tree: TokenTree) -> TokenTree:
     )
 
 
+def _on_path(tree: TokenTree) -> Tensor:
+    """bool[R, S]: the segments of its row on each response's path."""
+    return tree.ancestors[tree.last // tree.tokens.shape[1], tree.segment.flatten()[tree.last]]
+
+
 def part(batch: Batch, keep: Tensor, *, extras: Collection[str]) -> Batch:
     """Some of a batch's responses, each on its path: rows shrink to what these need, units stay those of the whole.
 
@@ -364,9 +367,8 @@ def part(batch: Batch, keep: Tensor, *, extras: Collection[str]) -> Batch:
     """
     tree = batch.tree
     height, width = tree.tokens.shape
-    row, leaf_segment = tree.last[keep] // width, tree.segment.flatten()[tree.last[keep]]
     needed = torch.zeros(tree.ancestors.shape[:2], dtype=torch.int64, device=tree.tokens.device)
-    needed.index_add_(0, row, tree.ancestors[row, leaf_segment].long())
+    needed.index_add_(0, tree.last[keep] // width, _on_path(tree)[keep].long())
     held = (needed.gather(1, tree.segment.clamp(min=0)) > 0) & (tree.segment >= 0)  # [B, T]
     narrow = max(int(held.sum(1).max()), 1)
     at_row, at = held.nonzero(as_tuple=True)

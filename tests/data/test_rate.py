@@ -17,8 +17,6 @@ from kilter.errors import DataError
 from kilter.records import Judgement, Message
 from kilter.stats.ratings import ELO_PER_NAT, rate
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-
 
 def judged(
     models: Sequence[str], ranks: Sequence[int], *, who: str = "w", asked: str = "?", texts: Sequence[str] = ()
@@ -123,9 +121,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert again["models"][0]["name"] == "weak" and again["log_nu"] < 0 and len(again["models"]) == 3
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data beside the checkout")
-def test_the_models_of_tulu() -> None:
-    records = read(SHARED / "tulu1_human_eval" / "eval_annotations.jsonl.gz", record="judgement").records
+def test_the_models_of_tulu(shared_data: Path) -> None:
+    records = read(shared_data / "tulu1_human_eval" / "eval_annotations.jsonl.gz", record="judgement").records
     told = rating_of(comparisons_of(records))
     assert [model.name for model in told.models] == ["chatgpt", "tulu_65B", "tulu_7B", "tulu_human_only_65B"]
 

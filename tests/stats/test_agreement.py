@@ -18,8 +18,6 @@ from statsmodels.stats.inter_rater import aggregate_raters, fleiss_kappa
 from kilter.stats import agreement
 from kilter.stats.agreement import Coefficient, Ratings
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data beside the checkout")
 MEASURES: dict[str, Callable[[Ratings], Coefficient]] = {
     "raw": agreement.raw,
     "cohen": lambda ratings: agreement.cohen(ratings, 0, 1),
@@ -201,10 +199,9 @@ def test_refusals() -> None:
     assert agreement.raw(same).value() == agreement.ac1(same).value() == 1.0
 
 
-@needs_shared
-def test_annotators_of_xstest() -> None:
+def test_annotators_of_xstest(shared_data: Path) -> None:
     """The two annotators of each model's completions; the figures are those that scikit-learn gives."""
-    with gzip.open(SHARED / "xstest" / "completions_annotated.jsonl.gz", "rt", encoding="utf-8") as lines:
+    with gzip.open(shared_data / "xstest" / "completions_annotated.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     found = {}
     for model in sorted({row["model"] for row in rows}):
@@ -220,9 +217,8 @@ def test_annotators_of_xstest() -> None:
     }
 
 
-@needs_shared
-def test_crowd_of_llmfao() -> None:
-    with (SHARED / "llmfao" / "crowd-comparisons.csv").open(encoding="utf-8") as lines:
+def test_crowd_of_llmfao(shared_data: Path) -> None:
+    with (shared_data / "llmfao" / "crowd-comparisons.csv").open(encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     values = {"left": 0, "tie": 1, "right": 2}
     ratings = Ratings.of([(row["id"], row["worker"], values[row["winner"]]) for row in rows])

@@ -12,10 +12,11 @@ from pydantic import Field
 
 from kilter.cli.options import new_jsonl, parse
 from kilter.config import Model
-from kilter.errors import ConfigError, visible
+from kilter.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from kilter.data import ReadResult
+    from kilter.records import Record
     from kilter.stats import Interval
 
 WORST = 5
@@ -145,6 +146,11 @@ def _read(path: str, options: ReadOptions) -> ReadResult:
     return found
 
 
+def _judgements(path: str, options: ReadOptions) -> list[Record]:
+    """Whatever the file holds otherwise."""
+    return _read(path, options.model_copy(update={"record": "judgement"})).records
+
+
 def _check(path: str, options: CheckOptions) -> int:
     from kilter.data import read
     from kilter.data.lint import check
@@ -166,7 +172,7 @@ def _agreement(path: str, options: AgreementOptions) -> int:
     from kilter.data.agree import BESIDE, TEXTBOOK, agreement_of
     from kilter.data.judgements import verdicts
 
-    found = verdicts(_read(path, options.model_copy(update={"record": "judgement"})).records)
+    found = verdicts(_judgements(path, options))
     told = agreement_of(found, seed=options.seed, resamples=options.resamples)
     if options.as_json:
         print(json.dumps(told.to_dict(), indent=1))
@@ -184,21 +190,21 @@ def _agreement(path: str, options: AgreementOptions) -> int:
         if groups:
             print(f"  {title}:")
         for name, interval in groups.items():
-            print(f"    {_figure(interval)}  {_line(name) or 'no kind'}")
+            print(f"    {_figure(interval)}  {one_line(name) or 'no kind'}")
     if told.pairs:
         print("  kappa of the annotators with the most items in common:")
         for names, (kappa, common) in told.pairs.items():
-            print(f"    {_figure(kappa)}  {_line(' and '.join(names))}, {common} items")
+            print(f"    {_figure(kappa)}  {one_line(' and '.join(names))}, {common} items")
     worst = [(name, pull) for name, pull in told.pull.items() if pull < 0][:WORST]
     if worst:
         print("  annotators who pull alpha down, and by how much:")
         for name, pull in worst:
-            print(f"    {pull:+.3f}  {_line(name)}")
+            print(f"    {pull:+.3f}  {one_line(name)}")
     odd = [(item, pull) for item, pull in told.items_pull.items() if pull < 0][:WORST]
     if odd:
         print("  items that pull alpha down most:")
     for item, pull in odd:
-        texts = [_line(text) for text in found.texts[item]]
+        texts = [one_line(text) for text in found.texts[item]]
         shown = [text if len(text) <= 40 else text[:39] + "…" for text in texts]
         print(f"    {pull:+.4f}  {shown[0]!r} or {shown[1]!r}")
     alpha = told.measures.get("alpha, nominal")
@@ -213,8 +219,9 @@ def _agreement(path: str, options: AgreementOptions) -> int:
 def _rate(path: str, options: RateOptions) -> int:
     from kilter.data.rate import comparisons_of, rating_of
 
-    records = _read(path, options.model_copy(update={"record": "judgement"})).records
-    told = rating_of(comparisons_of(records, style=options.style), ties=options.ties, seed=options.seed)
+    told = rating_of(
+        comparisons_of(_judgements(path, options), style=options.style), ties=options.ties, seed=options.seed
+    )
     if options.as_json:
         print(json.dumps(told.to_dict(), indent=1))
         return 0
@@ -224,17 +231,12 @@ def _rate(path: str, options: RateOptions) -> int:
     for place, model in enumerate(told.models, start=1):
         low, mean, high = model.strength.low, model.strength.mean, model.strength.high
         print(
-            f"  {place:>3} {mean:+6.0f} [{low:+.0f}, {high:+.0f}] {' ' if model.apart else '='} {_line(model.name)}"
+            f"  {place:>3} {mean:+6.0f} [{low:+.0f}, {high:+.0f}] {' ' if model.apart else '='} {one_line(model.name)}"
             f"  ({model.comparisons} comparisons; Elo {model.elo:+.0f}, {model.elo_low:+.0f} to {model.elo_high:+.0f})"
         )
     for name, worth in told.style.items():
         print(f"  style: one standard deviation more {name} is worth {worth:+.0f} points")
     return 0
-
-
-def _line(text: str) -> str:
-    """On one line, whatever stands in it."""
-    return visible(" ".join(text.split()))
 
 
 def _figure(interval: Interval) -> str:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from kilter import __version__
-from kilter.errors import ConfigError, KilterError, visible
+from kilter.errors import ConfigError, KilterError, one_line
 
 INTERNAL_ERROR = 3
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KilterError as err:
         if debug:
             traceback.print_exc()
-        message = visible(" ".join(str(err).split()))
+        message = one_line(str(err))
         print(message if message.startswith("kilter") else f"kilter: {message}", file=sys.stderr)
         return err.exit_code
     except KeyboardInterrupt:
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         place = traceback.extract_tb(err.__traceback__)[-1]
-        text = f"{type(err).__name__}: {visible(' '.join(str(err).split()))} ({place.filename}:{place.lineno})"
+        text = f"{type(err).__name__}: {one_line(str(err))} ({place.filename}:{place.lineno})"
         print(
             f"kilter: internal error: {text}; a defect of Kilter or of a function that the recipe names: "
             "--debug shows the whole trace",

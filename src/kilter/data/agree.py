@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations, islice
 from typing import Any
@@ -17,7 +18,8 @@ from kilter.stats import agreement
 from kilter.stats.agreement import Coefficient, Ratings
 from kilter.stats.intervals import Interval
 
-MEASURES: dict[str, Callable[[Ratings], Coefficient]] = {
+Measure = Callable[[Ratings], Coefficient]
+MEASURES: dict[str, Measure] = {
     "raw": agreement.raw,
     "leave-one-out": agreement.leave_one_out,
     "alpha, nominal": agreement.alpha,
@@ -99,18 +101,17 @@ def agreement_of(verdicts: Verdicts, *, seed: int = 0, resamples: int = 1000) ->
             "judged"
         )
 
-    def measured(kept: Sequence[Verdict], measure: Callable[[Ratings], Coefficient]) -> Interval | None:
-        generator = np.random.default_rng(seed)
-        try:
-            return measure(_ratings(kept, tied)).interval(generator, resamples=resamples)
-        except ValueError:  # it has no value for these
-            return None
+    def known(asked: Iterable[tuple[str, Measure, Ratings]]) -> dict[str, Interval]:
+        found = {}
+        for name, measure, of in asked:
+            generator = np.random.default_rng(seed)
+            with suppress(ValueError):  # it has no value for these
+                found[name] = measure(of).interval(generator, resamples=resamples)
+        return found
 
     def each(groups: dict[str, list[Verdict]]) -> dict[str, Interval]:
-        found = {name: measured(kept, agreement.alpha) for name, kept in groups.items()}
-        return {name: interval for name, interval in found.items() if interval is not None}
+        return known((name, agreement.alpha, _ratings(kept, tied)) for name, kept in groups.items())
 
-    measures = {name: measured(verdicts.kept, measure) for name, measure in MEASURES.items()}
     whole = agreement.alpha(ratings)
     pull = agreement.pull_of_raters(ratings, agreement.alpha)
     items = dict(zip(map(str, ratings.items), whole.pull().tolist(), strict=True))
@@ -120,7 +121,7 @@ def agreement_of(verdicts: Verdicts, *, seed: int = 0, resamples: int = 1000) ->
         annotators=len(ratings.raters),
         repeated=verdicts.repeated,
         identical=verdicts.identical,
-        measures={name: interval for name, interval in measures.items() if interval is not None},
+        measures=known((name, measure, ratings) for name, measure in MEASURES.items()),
         by_kind=each(_by_kind(verdicts.kept)),
         by_time=each(_by_time(verdicts.kept)),
         pairs=_pairs(ratings, np.random.default_rng(seed), resamples),

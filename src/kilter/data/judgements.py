@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import combinations
 from typing import NamedTuple
 
+from kilter.data.lint import comparisons
 from kilter.errors import DataError
 from kilter.records import Judgement, Record, content_hash, prompt_id
 
@@ -57,17 +57,15 @@ def verdicts(records: Iterable[Record]) -> Verdicts:
         if not record.annotator:
             raise DataError(f"record {place + 1}: 'annotator' is empty; agreement needs to know who judged")
         prompt = prompt_id(record.prompt)
-        ranked = zip(record.responses, record.ranks, strict=True)
-        for (one, of_one), (other, of_other) in combinations(ranked, 2):
-            if one == other:
+        for compared in comparisons([record]):
+            if compared.better == compared.worse:
                 identical += 1
                 continue
             # By hash: a file that puts the better response first would have all its verdicts in one category.
-            first, second = sorted((one, other), key=content_hash)
+            first, second = sorted((compared.better, compared.worse), key=content_hash)
             item = content_hash([prompt, first, second])
             texts[item] = first, second
-            value = (of_one > of_other) - (of_one < of_other)
-            value = value if one == first else -value
+            value = TIE if compared.tie else BETTER_FIRST if compared.better == first else BETTER_SECOND
             verdict = Verdict(item, record.annotator, value, prompt, record.kind, record.at, place)
             if (item, record.annotator) in kept:
                 repeated += 1

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kilter.models.attention import text_config
+from kilter.models.forwards import replaced
 from kilter.models.segments import Runs
 from kilter.tree import TokenTree
 
@@ -67,26 +68,21 @@ class LastLayer:
     def only(self, read: Read | None) -> Iterator[None]:
         """Inside, the layer does what is read and no more; None: it does all."""
         before, self.read = self.read, read
-        replaced = self._put_in() if before is None and read is not None else []
         try:
-            yield
+            with replaced(self._parts() if before is None and read is not None else ()):
+                yield
         finally:
             self.read = before
-            for module, own in replaced:
-                del module.forward
-                if own is not None:
-                    module.forward = own
 
-    def _put_in(self) -> list[tuple[Any, Any]]:
-        """The parts that do less from now on, each with the forward of its own that it had, or None."""
+    def _parts(self) -> list[tuple[Any, Callable[..., Any]]]:
+        """The parts that do less, each with what it does instead."""
         found = []
         for name in (*PARTS, ATTENTION):
             module: Any = self._layer
             for step in name.split("."):
                 module = getattr(module, step, None)
             if module is not None:
-                found.append((module, vars(module).get("forward")))
-                module.forward = (self._queries if name == ATTENTION else self._positions)(module.forward)
+                found.append((module, (self._queries if name == ATTENTION else self._positions)(module.forward)))
         return found
 
     def _positions(self, whole: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,13 +7,15 @@ come: by rows for the embedding, by a product that accumulates for the head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from kilter.models.forwards import replaced
 
 LARGE = 1 << 22
 """Elements from which a table counts as large: 4.2 million, 16 MiB in float32. Below, nothing is gained."""
@@ -21,8 +23,7 @@ SLICE_ELEMENTS = 1 << 20
 """Elements of a head's gradient made at once where it is computed in another type than it is kept in."""
 
 
-@contextmanager
-def adding_in_place(tables: Sequence[nn.Module | None], *, large: int = LARGE) -> Iterator[None]:
+def adding_in_place(tables: Sequence[nn.Module | None], *, large: int = LARGE) -> AbstractContextManager[None]:
     """Inside, backwards add the gradients of these tables into their `weight.grad`; what is no plain, large,
     trainable table keeps its own way.
 
@@ -32,20 +33,11 @@ def adding_in_place(tables: Sequence[nn.Module | None], *, large: int = LARGE) -
         tables: embeddings and heads, None where a model has no head.
         large: see `LARGE`.
     """
-    replaced: list[Any] = []
-    try:
-        for table in tables:
-            forward = _in_place(table, large)
-            if forward is not None:
-                replaced.append(table)
-                table.forward = forward  # type: ignore[union-attr]
-        yield
-    finally:
-        for table in replaced:
-            del table.forward
+    found = ((table, _in_place(table, large)) for table in tables if table is not None)
+    return replaced([(table, forward) for table, forward in found if forward is not None])
 
 
-def _in_place(table: nn.Module | None, large: int) -> Callable[[Tensor], Tensor] | None:
+def _in_place(table: nn.Module, large: int) -> Callable[[Tensor], Tensor] | None:
     """What a table does instead of its forward; None: it stays as it is."""
     if type(table) is nn.Embedding:
         if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kilter.stats.intervals import Floats, Interval
+from kilter.stats.intervals import Floats, Integers, Interval, numbered
 
-Integers = NDArray[np.int64]
 Level = Literal["nominal", "ordinal", "interval"]
 Weights = Literal["plain", "linear", "quadratic"]
 DRAWS_AT_ONCE = 1 << 22
@@ -56,15 +54,14 @@ class Ratings:
                 raise ValueError(f"rater {rater!r} rated item {item!r} twice; keep one rating of each rater and item")
             seen.add((item, rater))
         found = sorted({value for *_, value in held}, key=_order) if categories is None else list(categories)
-        places = [{name: place for place, name in enumerate(names)} for names in _names(held, found)]
-        unknown = next((value for *_, value in held if value not in places[2]), None)
-        if unknown is not None:
-            raise ValueError(f"category {unknown!r} is not one of {', '.join(map(repr, found))}")
-        columns = [
-            np.array([place[row[column]] for row in held], dtype=np.int64) for column, place in enumerate(places)
-        ]
-        items, raters, names = (tuple(place) for place in places)
-        return cls(columns[0], columns[1], columns[2], items, raters, names)
+        places = {name: place for place, name in enumerate(found)}
+        for *_, value in held:
+            if value not in places:
+                raise ValueError(f"category {value!r} is not one of {', '.join(map(repr, found))}")
+        of_item, items = numbered(row[0] for row in held)
+        of_rater, raters = numbered(row[1] for row in held)
+        given = np.array([places[value] for *_, value in held], dtype=np.int64)
+        return cls(of_item, of_rater, given, items, raters, tuple(found))
 
     def counts(self) -> Floats:
         """float[items, categories]: how many raters put an item into a category."""
@@ -89,13 +86,9 @@ class Ratings:
         return common, tables[0][common], tables[1][common]
 
 
-def _names(rows: list[tuple[Hashable, Hashable, Hashable]], found: list[Hashable]) -> list[Iterable[Hashable]]:
-    return [dict.fromkeys(row[0] for row in rows), dict.fromkeys(row[1] for row in rows), found]
-
-
 def _order(value: Hashable) -> tuple[bool, float, str]:
-    number = isinstance(value, int | float)
-    return not number, float(value) if isinstance(value, int | float) else 0.0, str(value)
+    """Numbers by size, then the others by name."""
+    return (False, float(value), "") if isinstance(value, int | float) else (True, 0.0, str(value))
 
 
 class Coefficient(NamedTuple):

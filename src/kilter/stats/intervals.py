@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 
 class Interval(NamedTuple):
@@ -136,17 +137,23 @@ def cluster_bootstrap(
     array = _finite(values)
     if len(clusters) != len(array):
         raise ValueError(f"{len(array)} values and {len(clusters)} cluster names do not belong together")
-    places = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
-    index = np.array([places[name] for name in clusters])
+    index, names = numbered(clusters)
     sums = np.bincount(index, weights=array)
     counts = np.bincount(index).astype(np.float64)
-    mean, size = float(array.mean()), len(places)
+    mean, size = float(array.mean()), len(names)
     if size == 1:
         return Interval(mean, -math.inf, math.inf, len(array))
     drawn = generator.integers(size, size=(resamples, size))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(mean, float(low), float(high), len(array))
+
+
+def numbered(column: Iterable[Hashable]) -> tuple[Integers, tuple[Hashable, ...]]:
+    """Each value's place among the different ones, and those, in the order in which they come."""
+    places: dict[Hashable, int] = {}
+    found = np.array([places.setdefault(value, len(places)) for value in column], dtype=np.int64)
+    return found, tuple(places)
 
 
 def _finite(values: Sequence[float] | Floats) -> Floats:

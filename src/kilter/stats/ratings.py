@@ -13,14 +13,12 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import stdtrit
 
-from kilter.stats.intervals import Floats, Interval
+from kilter.stats.intervals import Floats, Integers, Interval, numbered
 
-Integers = NDArray[np.int64]
 Ties = Literal["half", "davidson"]
 TOLERANCE = 1e-10
 """Newton ends when no parameter moves by more."""
@@ -66,7 +64,6 @@ class Comparisons:
         held = list(rows)
         if not held:
             raise ValueError("ratings need comparisons; none was given")
-        places = {name: place for place, name in enumerate(dict.fromkeys(name for row in held for name in row[:2]))}
         for place, (left, right, outcome) in enumerate(held):
             if outcome not in (0.0, 0.5, 1.0):
                 raise ValueError(f"comparison {place}: outcome is {outcome}; give 1 (left), 0.5 (tie) or 0 (right)")
@@ -76,19 +73,15 @@ class Comparisons:
         for name, column in columns.items():
             if len(column) != len(held):
                 raise ValueError(f"{name!r} has {len(column)} values for {len(held)} comparisons; give one for each")
+        sides, names = numbered(name for row in held for name in row[:2])
         return cls(
-            np.array([places[row[0]] for row in held], dtype=np.int64),
-            np.array([places[row[1]] for row in held], dtype=np.int64),
+            sides[0::2],
+            sides[1::2],
             np.array([row[2] for row in held], dtype=np.float64),
-            tuple(places),
-            {name: _numbered(column) for name, column in (clusters or {}).items()},
+            names,
+            {name: numbered(column)[0] for name, column in (clusters or {}).items()},
             {name: np.asarray(column, dtype=np.float64) for name, column in (style or {}).items()},
         )
-
-
-def _numbered(column: Sequence[Hashable]) -> Integers:
-    places = {name: place for place, name in enumerate(dict.fromkeys(column))}
-    return np.array([places[name] for name in column], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
