@@ -105,6 +105,14 @@ def test_names_must_be_one_for_each_response(tmp_path: Path) -> None:
         read(file)
 
 
+@pytest.mark.parametrize("names", ["ab", [1, 2], ["a", " "], ["a", None], 7, {"a": "b"}])
+def test_names_are_texts(names: object, tmp_path: Path) -> None:
+    file = tmp_path / "judged.jsonl"
+    file.write_text(json.dumps(judged(("a", "b"), (0, 1)).to_dict() | {"models": names}) + "\n")
+    with pytest.raises(DataError, match=r"'models' is .*; one name for each response, or none"):
+        read(file)
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "judged.jsonl"
     write(file, contest())

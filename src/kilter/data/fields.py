@@ -262,8 +262,8 @@ def check_record(record: Record) -> None:
                 raise BadRow("responses", f"'responses' has {len(record.responses)}; a ranking needs two or more")
             if len(record.ranks) != len(record.responses) or not all(isinstance(r, int) for r in record.ranks):
                 raise BadRow("ranks", f"'ranks' is {shown(list(record.ranks))}; one whole number for each response")
-            if isinstance(record, Judgement) and len(record.models) not in (0, len(record.responses)):
-                raise BadRow("models", f"'models' is {shown(list(record.models))}; one name for each response, or none")
+            if isinstance(record, Judgement) and record.models and not _are_names(record.models, len(record.responses)):
+                raise BadRow("models", f"'models' is {shown(record.models)}; one name for each response, or none")
         case StepLabels():
             _check_prompt(record.prompt)
             _check_texts({f"steps[{place}]": step for place, step in enumerate(record.steps)}, "a step needs a text")
@@ -272,6 +272,11 @@ def check_record(record: Record) -> None:
                 raise BadRow("labels", f"'labels' is {shown(list(record.labels))}; one number in [0, 1] for each step")
         case Prompt():
             _check_prompt(record.prompt)
+
+
+def _are_names(names: object, count: int) -> bool:
+    """A text is a sequence of texts, too; it is no list of names."""
+    return isinstance(names, tuple) and len(names) == count and all(isinstance(n, str) and n.strip() for n in names)
 
 
 def _check_prompt(turns: Conversation) -> None:
