@@ -114,6 +114,10 @@ class PreferencePair(Record):
     margin: float | None = None
     tie: bool = False
     kind: str = ""
+    weight: float = 1.0
+    """What each of its comparisons counts in a reward model's loss; 1 is usual."""
+    group: str = ""
+    """The group of annotators, or the criterion, that it speaks for: a reward stage can give each a head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +128,28 @@ class Ranking(Record):
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
     kind: str = ""
+    weight: float = 1.0
+    """What each of its comparisons counts in a reward model's loss; 1 is usual."""
+    group: str = ""
+    """The group of annotators, or the criterion, that it speaks for: a reward stage can give each a head."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rating(Record):
+    """k responses to one prompt, each with a number (higher is better): somebody's marks, or a scale made of
+    comparisons. `errors` are the numbers' standard errors, where they are known."""
+
+    prompt: Conversation
+    responses: tuple[str, ...]
+    values: tuple[float, ...]
+    errors: tuple[float, ...] = ()
+    annotator: str = ""
+    seconds: float | None = None
+    kind: str = ""
+    weight: float = 1.0
+    """What each of its responses counts in a reward model's loss; 1 is usual."""
+    group: str = ""
+    """As a ranking's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +185,10 @@ class Judgement(Record):
     at: str = ""
     seconds: float | None = None
     kind: str = ""
+    weight: float = 1.0
+    """What each of its comparisons counts in a reward model's loss; 1 is usual."""
+    group: str = ""
+    """The group of annotators, or the criterion, that it speaks for: a reward stage can give each a head."""
 
 
 RECORDS: dict[str, type[Record]] = {
@@ -167,6 +197,7 @@ RECORDS: dict[str, type[Record]] = {
     "prompt": Prompt,
     "pair": PreferencePair,
     "ranking": Ranking,
+    "rating": Rating,
     "feedback": UnpairedFeedback,
     "steps": StepLabels,
     "judgement": Judgement,

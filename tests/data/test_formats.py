@@ -18,6 +18,7 @@ from kilter.records import (
     PreferencePair,
     Prompt,
     Ranking,
+    Rating,
     Record,
     StepLabels,
     UnpairedFeedback,
@@ -269,6 +270,23 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[Record]]] = {
 ELSEWHERE = {"judge-agreement", "tulu-eval-pairs"}
 
 
+@pytest.mark.parametrize("record", ["pair", "ranking"])
+def test_what_holds_of_a_record_holds_of_what_is_made_of_it(tmp_path: Path, record: str) -> None:
+    said_of = {"weight": 0.5, "group": "farmers", "kind": "k", "source": "s"}
+    texts: dict[str, Any] = {"prompt": said("Q"), "responses": ("a", "b")}
+    made = {
+        "pair": [PreferencePair(prompt=said("Q"), chosen="b", rejected="a", **said_of)],
+        "ranking": [Ranking(**texts, ranks=(1, 0), **said_of)],
+    }[record]
+    path = tmp_path / "own.jsonl"
+    for judged in (
+        Judgement(**texts, ranks=(1, 0), annotator="w", **said_of),
+        Rating(**texts, values=(1.5, 4), **said_of),
+    ):
+        path.write_text(json.dumps(judged.to_dict()) + "\n")
+        assert read(path, record=record).records == made
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_layout(tmp_path: Path, name: str) -> None:
     row, expected = EXAMPLES[name]
@@ -310,6 +328,10 @@ def test_the_kind_wanted_decides_between_equals_only(tmp_path: Path) -> None:
     assert isinstance(liked, Demonstration) and liked.messages[-1].content == "good"
 
 
+OWN_PAIR = {"type": "pair", "prompt": [user("Q")], "chosen": "a", "rejected": "b"}
+OWN_RATING = {"type": "rating", "prompt": [user("Q")], "responses": ["a", "b"], "values": [1, 2]}
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -331,6 +353,14 @@ def test_the_kind_wanted_decides_between_equals_only(tmp_path: Path) -> None:
         ),
         ({"type": "steps", "prompt": [user("Q")], "steps": ["a"], "labels": [2]}, "one number in [0, 1] for each"),
         ({"type": "feedback", "prompt": [user("Q")], "response": "a", "desirable": "yes"}, "must be true or false"),
+        ({**OWN_PAIR, "weight": -1}, "'weight' is -1; it must be a number, 0 or more"),
+        ({**OWN_PAIR, "weight": True}, "'weight' is true"),
+        ({**OWN_PAIR, "weight": float("inf")}, "'weight' is Infinity"),
+        ({**OWN_PAIR, "group": 3}, "'group' is 3; it must be a name"),
+        ({**OWN_RATING, "values": [1]}, "'values' is [1]; one finite number for each response"),
+        ({**OWN_RATING, "values": [1, "b"]}, "one finite number for each"),
+        ({**OWN_RATING, "values": [1, float("nan")]}, "one finite number for each"),
+        ({**OWN_RATING, "errors": [1, 0]}, "'errors' is [1, 0]; one above 0 for each response, or none"),
     ],
 )
 def test_what_is_wrong_with_a_row(tmp_path: Path, row: dict[str, Any], reason: str) -> None:

@@ -25,6 +25,7 @@ from kilter.records import (
     PreferencePair,
     Prompt,
     Ranking,
+    Rating,
     StepLabels,
     UnpairedFeedback,
 )
@@ -41,6 +42,8 @@ OWN = [
     UnpairedFeedback(prompt=(Message("system", "Be nice"), *ASKED), response="Hello", desirable=True),
     StepLabels(prompt=ASKED, steps=("one", "two"), labels=(1.0, 0.0)),
     Judgement(prompt=ASKED, responses=("a", "b"), ranks=(1, 0), annotator="w1", shown=(1, 0), at="now", seconds=2.5),
+    Judgement(prompt=ASKED, responses=("a", "b"), ranks=(1, 0), annotator="w1", weight=0.5, group="farmer"),
+    Rating(prompt=ASKED, responses=("a", "b"), values=(4, 1.5), errors=(0.5, 0.25), annotator="w1", seconds=3.0),
 ]
 
 

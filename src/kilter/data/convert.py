@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import combinations
+from typing import Any
 
-from kilter.data.fields import BadRow
+from kilter.data.fields import BadRow, ranked_by
 from kilter.records import (
     Demonstration,
     Judgement,
@@ -13,6 +14,7 @@ from kilter.records import (
     PreferencePair,
     Prompt,
     Ranking,
+    Rating,
     Record,
     UnpairedFeedback,
 )
@@ -40,15 +42,29 @@ def can_convert(native: str, want: str | None) -> bool:
 
 def pairs_of(record: Record) -> Iterator[PreferencePair]:
     """All pairs of unequal rank; of two tied responses one tie."""
-    assert isinstance(record, Ranking | Judgement)
+    assert isinstance(record, Ranking | Judgement | Rating)
+    record = ranking_of(record)
     ranked = sorted(zip(record.ranks, record.responses, strict=True), key=lambda item: item[0])
-    source, kind = record.source, record.kind
     for (better, chosen), (worse, rejected) in combinations(ranked, 2):
         if better != worse or len(ranked) == 2:
             tie = better == worse
-            yield PreferencePair(
-                prompt=record.prompt, chosen=chosen, rejected=rejected, tie=tie, source=source, kind=kind
-            )
+            yield PreferencePair(prompt=record.prompt, chosen=chosen, rejected=rejected, tie=tie, **_said_of(record))
+
+
+def ranking_of(record: PreferencePair | Ranking | Judgement | Rating) -> Ranking:
+    """The order of the responses, without who gave it and how."""
+    if isinstance(record, PreferencePair):
+        responses: tuple[str, ...] = (record.chosen, record.rejected)
+        ranks: tuple[int, ...] = (0, 0) if record.tie else (0, 1)
+    else:
+        responses = record.responses
+        ranks = ranked_by(record.values) if isinstance(record, Rating) else record.ranks
+    return Ranking(prompt=record.prompt, responses=responses, ranks=ranks, **_said_of(record))
+
+
+def _said_of(record: PreferencePair | Ranking | Judgement | Rating) -> dict[str, Any]:
+    """What holds for every comparison of a record."""
+    return {"kind": record.kind, "weight": record.weight, "group": record.group, "source": record.source}
 
 
 def _pairs(record: Record) -> Iterator[Record]:
@@ -59,12 +75,8 @@ def _pairs(record: Record) -> Iterator[Record]:
 
 
 def _ranking(record: Record) -> Iterator[Record]:
-    if isinstance(record, PreferencePair):
-        responses, ranks = (record.chosen, record.rejected), (0, 0) if record.tie else (0, 1)
-    else:
-        assert isinstance(record, Judgement)
-        responses, ranks = record.responses, record.ranks  # type: ignore[assignment]  # k of them
-    yield Ranking(prompt=record.prompt, responses=responses, ranks=ranks, kind=record.kind, source=record.source)
+    assert isinstance(record, PreferencePair | Judgement | Rating)
+    yield ranking_of(record)
 
 
 def _best(record: Record) -> Iterator[Record]:
@@ -75,8 +87,9 @@ def _best(record: Record) -> Iterator[Record]:
     elif isinstance(record, PreferencePair):
         prompt, answer = record.prompt, record.chosen
     else:
-        assert isinstance(record, Ranking | Judgement)
-        prompt, answer = record.prompt, record.responses[record.ranks.index(min(record.ranks))]
+        assert isinstance(record, Ranking | Judgement | Rating)
+        ranking = ranking_of(record)
+        prompt, answer = ranking.prompt, ranking.responses[ranking.ranks.index(min(ranking.ranks))]
     yield Demonstration(messages=(*prompt, Message("assistant", answer)), source=record.source)
 
 
@@ -101,10 +114,13 @@ CONVERSIONS: dict[tuple[str, str], Callable[[Record], Iterator[Record]]] = {
     ("ranking", "pair"): _pairs,
     ("judgement", "pair"): _pairs,
     ("judgement", "ranking"): _ranking,
+    ("rating", "ranking"): _ranking,
+    ("rating", "pair"): _pairs,
     ("pair", "ranking"): _ranking,
     ("pair", "feedback"): _feedback,
-    **{(native, "demonstration"): _best for native in ("pair", "ranking", "judgement", "feedback")},
+    **{(native, "demonstration"): _best for native in ("pair", "ranking", "judgement", "rating", "feedback")},
     **{
-        (native, "prompt"): _prompt for native in ("demonstration", "pair", "ranking", "judgement", "feedback", "steps")
+        (native, "prompt"): _prompt
+        for native in ("demonstration", "pair", "ranking", "judgement", "rating", "feedback", "steps")
     },
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from kilter.records import (
     PreferencePair,
     Prompt,
     Ranking,
+    Rating,
     Record,
     StepLabels,
     UnpairedFeedback,
@@ -248,6 +250,7 @@ def check_record(record: Record) -> None:
             _check_texts({"text": record.text}, "a document needs a text")
         case PreferencePair():
             _check_prompt(record.prompt)
+            _check_weight(record)
             _check_texts({"chosen": record.chosen, "rejected": record.rejected}, PAIR_RULE)
         case UnpairedFeedback():
             _check_prompt(record.prompt)
@@ -256,6 +259,7 @@ def check_record(record: Record) -> None:
                 raise BadRow("desirable", f"'desirable' is {shown(record.desirable)}; it must be true or false")
         case Ranking() | Judgement():
             _check_prompt(record.prompt)
+            _check_weight(record)
             places = {f"responses[{place}]": response for place, response in enumerate(record.responses)}
             _check_texts(places, "a ranking needs non-empty responses")
             if len(record.responses) < 2:
@@ -264,6 +268,16 @@ def check_record(record: Record) -> None:
                 raise BadRow("ranks", f"'ranks' is {shown(list(record.ranks))}; one whole number for each response")
             if isinstance(record, Judgement) and record.models and not _are_names(record.models, len(record.responses)):
                 raise BadRow("models", f"'models' is {shown(record.models)}; one name for each response, or none")
+        case Rating():
+            _check_prompt(record.prompt)
+            _check_weight(record)
+            places = {f"responses[{place}]": response for place, response in enumerate(record.responses)}
+            _check_texts(places, "a rating needs non-empty responses")
+            count = len(record.responses)
+            if not count or not _are_numbers(record.values, count):
+                raise BadRow("values", f"'values' is {shown(record.values)}; one finite number for each response")
+            if record.errors and not (_are_numbers(record.errors, count) and min(record.errors) > 0):
+                raise BadRow("errors", f"'errors' is {shown(record.errors)}; one above 0 for each response, or none")
         case StepLabels():
             _check_prompt(record.prompt)
             _check_texts({f"steps[{place}]": step for place, step in enumerate(record.steps)}, "a step needs a text")
@@ -277,6 +291,21 @@ def check_record(record: Record) -> None:
 def _are_names(names: object, count: int) -> bool:
     """A text is a sequence of texts, too; it is no list of names."""
     return isinstance(names, tuple) and len(names) == count and all(isinstance(n, str) and n.strip() for n in names)
+
+
+def _are_numbers(values: object, count: int) -> bool:
+    return isinstance(values, tuple) and len(values) == count and all(_is_finite(value) for value in values)
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+
+
+def _check_weight(record: PreferencePair | Ranking | Judgement | Rating) -> None:
+    if not (_is_finite(record.weight) and record.weight >= 0):
+        raise BadRow("weight", f"'weight' is {shown(record.weight)}; it must be a number, 0 or more")
+    if not isinstance(record.group, str):
+        raise BadRow("group", f"'group' is {shown(record.group)}; it must be a name, or left out")
 
 
 def _check_prompt(turns: Conversation) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
+from kilter.data.fields import ranked_by
 from kilter.data.split import prompt_of
 from kilter.records import (
     Conversation,
@@ -18,6 +19,7 @@ from kilter.records import (
     Judgement,
     PreferencePair,
     Ranking,
+    Rating,
     Record,
     StepLabels,
     UnpairedFeedback,
@@ -102,7 +104,7 @@ def responses_of(record: Record) -> tuple[str, ...]:
             return (record.text,)
         case PreferencePair():
             return record.chosen, record.rejected
-        case Ranking() | Judgement():
+        case Ranking() | Judgement() | Rating():
             return record.responses
         case UnpairedFeedback():
             return (record.response,)
@@ -116,9 +118,10 @@ def comparisons(records: Iterable[Record]) -> Iterator[Comparison]:
     for row, record in enumerate(records):
         if isinstance(record, PreferencePair):
             yield Comparison(row, record.prompt, record.chosen, record.rejected, record.tie, "")
-        elif isinstance(record, Ranking | Judgement):
-            ranked = sorted(zip(record.ranks, record.responses, strict=True), key=lambda item: item[0])
-            judge = record.annotator if isinstance(record, Judgement) else ""
+        elif isinstance(record, Ranking | Judgement | Rating):
+            ranks = ranked_by(record.values) if isinstance(record, Rating) else record.ranks
+            ranked = sorted(zip(ranks, record.responses, strict=True), key=lambda item: item[0])
+            judge = "" if isinstance(record, Ranking) else record.annotator
             for (first, better), (second, worse) in combinations(ranked, 2):
                 yield Comparison(row, record.prompt, better, worse, first == second, judge)
 

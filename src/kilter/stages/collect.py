@@ -6,6 +6,7 @@ from typing import Any
 
 from kilter import data
 from kilter.config import BestOfNStage, CollectStage, SamplingConfig
+from kilter.data.convert import ranking_of
 from kilter.models.build import policy_trunk
 from kilter.models.generation import Sampling
 from kilter.records import Prompt, Ranking
@@ -61,10 +62,7 @@ def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
         return found
     kept = [(prompt, row) for prompt, row in zip(prompts, unique, strict=True) if len(row) > 1]
     judgements = annotator.rank([prompt for prompt, _ in kept], [row for _, row in kept])
-    rankings = [
-        Ranking(prompt=one.prompt, responses=one.responses, ranks=one.ranks, kind=one.kind, source=one.source)
-        for one in judgements
-    ]
+    rankings = [ranking_of(one) for one in judgements]
     with write_folder(context.folder.result) as folder:
         data.write(folder / RANKINGS, rankings)
         data.write(folder / "judgements.jsonl", judgements)
