@@ -149,7 +149,7 @@ def kilter_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], 
 
     from kilter.models.build import policy_trunk, reward_trunk
     from kilter.models.roles import Role
-    from kilter.train import objectives, preferences
+    from kilter.train import objectives, preferences, rewards
     from kilter.train.loop import TrainState, train_step
     from kilter.train.optimizer import make_optimizer
     from kilter.train.preferences import Term
@@ -189,7 +189,7 @@ def kilter_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], 
         trunk = reward_trunk(model_of(size, 0), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             trunk.heads["reward"].weight.copy_(model_of(size, 0, "LlamaForSequenceClassification").score.weight)
-        objective: Any = objectives.reward_model(centring_coef=0.0)
+        objective: Any = rewards.reward_model(centring_coef=0.0)
     else:
         trunk = policy_trunk(model_of(size, 0))
         if method in ("dpo", "kto"):

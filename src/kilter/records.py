@@ -115,7 +115,7 @@ class PreferencePair(Record):
     tie: bool = False
     kind: str = ""
     weight: float = 1.0
-    """What each of its comparisons counts in a reward model's loss; 1 is usual."""
+    """What each of its comparisons counts in a loss; 1 is usual."""
     group: str = ""
     """The group of annotators, or the criterion, that it speaks for: a reward stage can give each a head."""
 
@@ -129,7 +129,7 @@ class Ranking(Record):
     ranks: tuple[int, ...]
     kind: str = ""
     weight: float = 1.0
-    """What each of its comparisons counts in a reward model's loss; 1 is usual."""
+    """What each of its comparisons counts in a loss; 1 is usual."""
     group: str = ""
     """The group of annotators, or the criterion, that it speaks for: a reward stage can give each a head."""
 
@@ -147,7 +147,7 @@ class Rating(Record):
     seconds: float | None = None
     kind: str = ""
     weight: float = 1.0
-    """What each of its responses counts in a reward model's loss; 1 is usual."""
+    """What each of its responses counts in a loss; 1 is usual."""
     group: str = ""
     """As a ranking's."""
 
@@ -186,7 +186,7 @@ class Judgement(Record):
     seconds: float | None = None
     kind: str = ""
     weight: float = 1.0
-    """What each of its comparisons counts in a reward model's loss; 1 is usual."""
+    """What each of its comparisons counts in a loss; 1 is usual."""
     group: str = ""
     """The group of annotators, or the criterion, that it speaks for: a reward stage can give each a head."""
 

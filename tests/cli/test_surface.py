@@ -216,4 +216,4 @@ def test_the_losses_are_listed_and_described(capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "arXiv 2305.18290, eq. 7" in shown and "arXiv 2402.01306" in shown
     assert main(["losses", "--markdown"]) == 0
-    assert capsys.readouterr().out.startswith("# Preference losses")
+    assert capsys.readouterr().out.startswith("# Losses")

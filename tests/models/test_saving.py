@@ -99,7 +99,7 @@ def scores_in_transformers(folder: Path, groups: list[Group], side: str) -> torc
     paths = [list(group.prompt + response.ids) for group in groups for response in group.responses]
     inputs = tokenizer.pad({"input_ids": paths}, return_tensors="pt")
     with torch.no_grad():
-        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0]
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.squeeze(-1)
 
 
 def ending_with(end: int) -> list[Group]:

@@ -27,7 +27,7 @@ from kilter.losses import UNPAIRED_LOSSES, preference_losses
 from kilter.models.build import policy_trunk
 from kilter.models.roles import Lora
 from kilter.models.shard import whole
-from kilter.train import distributed, objectives, preferences
+from kilter.train import distributed, objectives, preferences, rewards
 from kilter.train.checkpoint import CheckpointStore
 from kilter.train.loop import TrainState, fit, measure, train_step
 from kilter.train.optimizer import make_optimizer
@@ -42,7 +42,7 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "sft": objectives.sft,
     **{name: functools.partial(preferences.preference, name) for name in preference_losses()},
     "mixture": functools.partial(preferences.mixture, [Term("aot"), Term("nll", weight=0.3), Term("dpo_pl")]),
-    "reward": functools.partial(objectives.reward_model, centring_coef=0.05),
+    "reward": functools.partial(rewards.reward_model, centring_coef=0.05),
     "ppo": objectives.ppo,
 }
 

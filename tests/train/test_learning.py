@@ -11,7 +11,7 @@ from kilter import ops
 from kilter.models.heads import ScalarHead
 from kilter.models.roles import Role
 from kilter.models.trunk import Trunk
-from kilter.train import objectives, preferences
+from kilter.train import objectives, preferences, rewards
 from kilter.train.loop import TrainState, fit, measure
 from kilter.train.optimizer import make_optimizer
 from kilter.train.reference import with_reference
@@ -131,7 +131,7 @@ def test_a_reward_model_learns_an_order_from_rankings(make: Any) -> None:
     trunk = make.trunk()
     train, held_out = [group(prompt) for prompt in PROMPTS * 2], [group(prompt) for prompt in PROMPTS]
     source = GroupSource(train, batch_groups=16, row_tokens=64, batch_tokens=512, epochs=50)
-    objective = objectives.reward_model()
+    objective = rewards.reward_model()
     batches = make_batches(held_out, row_tokens=64, batch_tokens=512)
     before = measure(trunk, objective, batches)["rewards/accuracy"]
     fit(TrainState(trunk, make_optimizer(trunk, ["reward"], learning_rate=0.01)), objective, source, steps=60)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kilter.errors import CheckError
-from kilter.train import objectives
+from kilter.train import objectives, rewards
 from kilter.train.checkpoint import CheckpointStore, load_batches
 from kilter.train.loop import EarlyStop, TrainState, fit, measure, train_step
 from kilter.train.objectives import LossOutput
@@ -149,7 +149,7 @@ def test_a_step_without_the_unit_is_refused(make: Any) -> None:
     trunk = make.trunk()
     state = TrainState(trunk, make_optimizer(trunk, ["reward"], learning_rate=0.01))
     with pytest.raises(CheckError, match="'bradley_terry' is a mean over pairs, and the step has none"):
-        train_step(state, objectives.reward_model(), cut(make.groups(3, k=1), 100))
+        train_step(state, rewards.reward_model(), cut(make.groups(3, k=1), 100))
 
 
 def test_an_empty_micro_batch_changes_nothing(make: Any) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from scripted import Scripted, batch_of, figures, gradient, log_sigmoid
+from scripted import Scripted, batch_of, figures, gradient
 
 from kilter.errors import CheckError
-from kilter.train import objectives, preferences
+from kilter.train import objectives, preferences, rewards
 from kilter.train.loop import measure
 from kilter.train.objectives import Objective
 from kilter.train.reference import with_reference
@@ -41,44 +41,10 @@ def test_what_a_user_gets_wrong_is_named() -> None:
         objectives.ppo()(Scripted(policy=[-1.0], value=[0.0]), batch_of([[1]], [[0]]))
 
 
-def test_reward_model_by_hand() -> None:
-    batch = batch_of([[1, 2, 1], [1, 1]], [[1, 0, 1], [0, 1]])
-    trunk = Scripted(reward=[0.5, -0.25, 1.0, 2.0, 1.5])
-    out = objectives.reward_model(centring_coef=0.1)(trunk, batch)
-    pairs = -log_sigmoid(-0.75) - log_sigmoid(-1.25) - log_sigmoid(0.5)
-    tie = -0.5 * log_sigmoid(0.5) - 0.5 * log_sigmoid(-0.5)
-    assert out.terms["bradley_terry"][0].item() == pytest.approx(pairs + tie, abs=1e-6)
-    assert out.terms["centring"][0].item() == pytest.approx(0.1 * (0.25**2 + 1.5**2 + 0.75**2 + 3.5**2), abs=1e-6)
-    assert {unit for _, unit in out.terms.values()} == {"pairs"}
-    got = objectives.reward_model().finish(figures(out))
-    rewards = [0.5, -0.25, 1.0, 2.0, 1.5]
-    mean = sum(rewards) / 5
-    assert got == pytest.approx(
-        {
-            "rewards/chosen": (-0.25 - 0.25 + 2) / 3,
-            "rewards/rejected": (0.5 + 1 + 1.5) / 3,
-            "rewards/margin": (-0.75 - 1.25 + 0.5) / 3,
-            "rewards/accuracy": 1 / 3,
-            "rewards/mean": mean,
-            "rewards/std": math.sqrt(sum((r - mean) ** 2 for r in rewards) / 5),
-        },
-        abs=1e-6,
-    )
-
-
-def test_reward_model_without_centring_and_with_margins() -> None:
-    batch = batch_of([[1, 1]], [[3, 1]])  # margins 6 and 2 on the responses
-    out = objectives.reward_model(centring_coef=0, margin_coef=0.25)(Scripted(reward=[1.0, 0.5]), batch)
-    assert list(out.terms) == ["bradley_terry"]
-    assert out.terms["bradley_terry"][0].item() == pytest.approx(-log_sigmoid(-0.5 - 0.25 * 4), abs=1e-6)
-
-
 def test_defaults_and_who_trains() -> None:
     assert objectives.ppo() == objectives.Ppo(0.2, 0.2, 0.5, "policy", "value") == objectives.Ppo()
-    assert objectives.reward_model() == objectives.RewardModel(0.01, 0.0, "reward") == objectives.RewardModel()
     assert objectives.ppo().roles == ("policy", "value")
     assert objectives.ppo(value=None).roles == objectives.sft().roles == ("policy",)
-    assert objectives.reward_model().roles == ("reward",)
 
 
 def test_ppo_by_hand() -> None:
@@ -147,7 +113,7 @@ def objective_named(name: str) -> Objective:
     return {
         "sft": objectives.sft(),
         "dpo": preferences.preference("dpo", {"beta": 0.3}),
-        "reward": objectives.reward_model(centring_coef=0.05),
+        "reward": rewards.reward_model(centring_coef=0.05),
         "ppo": objectives.ppo(),
     }[name]
 

@@ -24,7 +24,7 @@ from kilter.models.build import load_reward_model, policy_trunk
 from kilter.models.roles import Role
 from kilter.models.trunk import Trunk
 from kilter.records import Demonstration, Message, PreferencePair, Ranking, Record, UnpairedFeedback
-from kilter.train import objectives, preferences
+from kilter.train import objectives, preferences, rewards
 from kilter.train.objectives import Objective, prepared
 from kilter.train.preferences import Term
 from kilter.train.reference import with_reference
@@ -543,6 +543,6 @@ def test_reward_model(margins: bool, tokenizer: Any, tmp_path: Path) -> None:
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    objective = objectives.reward_model(centring_coef=0.05, margin_coef=1.0 if margins else 0.0)
+    objective = rewards.reward_model(options={"margin_coef": float(margins)}, centring_coef=0.05)
     ours = our_loss(load_reward_model(tmp_path / "reward"), objective, tokenizer, pairs())
     assert_equal(ours, trl_loss(trainer), {"model.": "models.reward.", "score.": "heads.reward."})

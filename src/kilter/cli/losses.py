@@ -1,4 +1,4 @@
-"""`kilter losses`: the preference losses, what each does, and its options."""
+"""`kilter losses`: the losses, what each does, and its options."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from kilter.errors import ConfigError
 
 HELP = """usage: kilter losses [NAME ...] [--markdown]
 
-List the preference losses, or print the formula, source, use and options of those named. --markdown prints the page
-docs/losses.md.
+List the losses of preferences and of reward models, or print the formula, source, use and options of those named.
+--markdown prints the page docs/losses.md.
 
 example:
   kilter losses dpo simpo
@@ -21,12 +21,12 @@ def run(_command: str, argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(HELP)
         return 0
-    from kilter.losses import catalogue, preference_losses
+    from kilter.losses import all_losses, catalogue
 
     if "--markdown" in argv:
         print(catalogue.markdown(), end="")
         return 0
-    known = preference_losses()
+    known = all_losses()
     for name in argv:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

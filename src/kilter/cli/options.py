@@ -93,7 +93,9 @@ def _loss_options(model: type[Model], words: Sequence[str]) -> tuple[list[str], 
     for word in rest:
         name, equals, value = word.partition("=")
         path, _, key = ".".join(_parts(name)).rpartition(".") if name.startswith("--") else ("", "", "")
-        if not path or key in LossConfig.model_fields or _type_at(model, path.split(".")) is not LossConfig:
+        found_at = _type_at(model, path.split(".")) if path else None
+        is_loss = isinstance(found_at, type) and issubclass(found_at, LossConfig)
+        if not is_loss or key in LossConfig.model_fields:
             kept.append(word)
             continue
         given = value if equals else next(rest, "")
@@ -115,7 +117,7 @@ def _with_loss_options(made: M, found: Mapping[str, Mapping[str, str]]) -> M:
 
 def _replaced(made: Any, parts: Sequence[str], options: Mapping[str, str]) -> Any:
     if not parts:
-        return LossConfig.model_validate(made.model_dump() | options)
+        return type(made).model_validate(made.model_dump() | options)
     return made.model_copy(update={parts[0]: _replaced(getattr(made, parts[0]), parts[1:], options)})
 
 

@@ -5,13 +5,16 @@ A recipe is a mapping of named stages. A stage names its inputs: an earlier stag
 """
 
 from kilter.config.fields import (
+    Combine,
     DataRef,
+    Heads,
     Lora,
     LossConfig,
     Model,
     Optim,
     PpoConfig,
     Precision,
+    RewardLossConfig,
     SamplingConfig,
     Source,
 )
@@ -45,8 +48,10 @@ __all__ = [
     "BestOfNStage",
     "Claim",
     "CollectStage",
+    "Combine",
     "DataRef",
     "EvalStage",
+    "Heads",
     "Lora",
     "LossConfig",
     "Model",
@@ -56,6 +61,7 @@ __all__ = [
     "Precision",
     "PreferStage",
     "Recipe",
+    "RewardLossConfig",
     "RewardStage",
     "RlStage",
     "SamplingConfig",

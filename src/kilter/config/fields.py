@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
@@ -184,6 +185,49 @@ class LossConfig(Model):
         if not isinstance(options, Mapping):
             return raw
         return own | {"options": {key: _number(value) for key, value in {**options, **beside}.items()}}
+
+
+class RewardLossConfig(LossConfig):
+    """A loss of reward models by name, with its options beside: `{name: davidson, nu: 0.3}`."""
+
+    name: str = "bradley_terry"
+    """Name of a loss over rewards; `kilter losses` lists them."""
+
+
+class Combine(Model):
+    """How the numbers of several heads make one reward."""
+
+    how: Literal["mean", "min", "mean_minus_variance", "vote"] = "mean"
+    """`mean` and `min` (the worst case) over heads; `mean_minus_variance`: mean - variance_coef x variance; `vote`: the
+    mean over heads of the chance that the answer is preferred to a usual one, sigmoid(reward - the head's mean)."""
+    variance_coef: Annotated[float, Field(ge=0)] = 1.0
+    """Of `mean_minus_variance`: reward paid away per unit of variance between heads."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """By group, what its head counts in `mean` and `vote`; a group left out counts 1."""
+
+    @model_validator(mode="after")
+    def _weights_weigh(self) -> Self:
+        if bad := [name for name, weight in self.weights.items() if not 0 <= weight < math.inf]:
+            raise ValueError(f"weights.{bad[0]} is {self.weights[bad[0]]:g}; a weight is a number, 0 or more")
+        return self
+
+
+class Heads(Model):
+    """The heads of a reward model."""
+
+    kind: Literal["one", "ensemble", "groups", "length"] = "one"
+    """`ensemble`: several that learn from all comparisons; `groups`: one for each `group` that the records name (of
+    annotators, or a criterion); `length`: a second one takes up what is length, and is thrown away (ODIN)."""
+    members: Annotated[int, Field(ge=2)] = 4
+    """Of an ensemble."""
+    own_adapters: bool = False
+    """An adapter of its own for each head, on the frozen model (`lora.rank`); otherwise all heads read one model."""
+    bootstrap: bool = True
+    """Each member of an ensemble weighs the prompts by weights of its own (Rubin 1981: exponential, of mean 1)."""
+    length_coef: Annotated[float, Field(gt=0)] = 1.0
+    """Of `length`: how strongly the reward is pushed away from length, and the other head towards it."""
+    combine: Combine = Combine()
+    """What the reward model answers with; its users may say otherwise."""
 
 
 def _number(value: Any) -> Any:

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from kilter.config.fields import (
     NOTHING,
+    Combine,
+    Heads,
     Lora,
     LossConfig,
     Model,
@@ -19,6 +21,7 @@ from kilter.config.fields import (
     Probe,
     Required,
     RequiredSource,
+    RewardLossConfig,
     SamplingConfig,
 )
 
@@ -80,24 +83,39 @@ class CollectStage(Stage):
 
 
 class RewardStage(Stage):
-    """Train a reward model on pairs or rankings: Bradley-Terry over all pairs of a prompt, in one pass."""
+    """Train a reward model on pairs, rankings or ratings: all responses to a prompt in one pass."""
 
     stage: Literal["reward"] = "reward"
     model: str
     """Model to start from; its head is new."""
     data: Required
-    """Preference pairs, rankings, or an earlier `collect` stage."""
+    """Preference pairs, rankings, or an earlier `collect` stage; ratings for `regression`."""
+    loss: RewardLossConfig = RewardLossConfig()
+    """Bradley-Terry over all pairs of a prompt, or another loss over rewards (`kilter losses`)."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the data."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of prompts kept for evaluation."""
     centering: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the squared mean reward, which fixes the level that Bradley-Terry leaves free."""
+    heads: Heads = Heads()
     truth: Possible = NOTHING
     """Scorer of the true reward: states how often the reward model orders held-out pairs as truth does."""
     optim: Optim = Optim()
     lora: Lora = Lora()
     precision: Precision = Precision()
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        heads = self.heads
+        if heads.own_adapters and (heads.kind not in ("ensemble", "groups") or not self.lora.rank):
+            raise ValueError(
+                f"heads.own_adapters with heads.kind {heads.kind} and lora.rank {self.lora.rank}; adapters of their "
+                "own are for the heads of an ensemble or of groups, and need a lora.rank above 0"
+            )
+        if heads.combine.weights and heads.kind != "groups":
+            raise ValueError(f"heads.combine.weights are by group, and heads.kind is {heads.kind}; leave them out")
+        return self
 
 
 class _WithLoss(Stage):
@@ -163,6 +181,8 @@ class OnlineStage(_WithLoss):
     """Policy to start from."""
     reward: str
     """What scores: an earlier stage, a reward model's folder, or `package.module:function` of a scorer."""
+    combine: Combine | None = None
+    """How several heads of the reward model make one number; none: as the reward model says."""
     prompts: Required
     """Prompts to answer."""
     pairs: Possible = NOTHING
@@ -201,6 +221,8 @@ class RlStage(Stage):
     """Policy to start from; it is also the reference."""
     reward: str
     """Reward model: an earlier stage, a folder, or `package.module:function` of a scorer."""
+    combine: Combine | None = None
+    """How several heads of the reward model make one number; none: as the reward model says."""
     prompts: Required
     """Prompts to answer."""
     pairs: Possible = NOTHING
@@ -235,6 +257,8 @@ class BestOfNStage(Stage):
     """Model that answers."""
     reward: str
     """Reward model that chooses."""
+    combine: Combine | None = None
+    """How its heads, where it has several, make one number; none: as the reward model says."""
     num_samples: Annotated[int, Field(gt=1)] = 16
     """n."""
 

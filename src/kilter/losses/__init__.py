@@ -1,9 +1,10 @@
 """Losses: pure functions of log-probs, values and rewards. One screen each, with the paper's equation.
 
 Preference losses stand by name in three tables: `PAIR_LOSSES` (a chosen and a rejected response; `pair`,
-`reference_free`), `UNPAIRED_LOSSES` (thumbs; `unpaired`), `RANKED_LOSSES` (whole rankings; `ranked`). `reward` trains
-reward models, `policy` is PPO's, `sft` is next-token cross-entropy. A new preference loss is a function with
-`@pair_loss(name)`, `@unpaired_loss(name)` or `@ranked_loss(name)` and a golden row in its test.
+`reference_free`), `UNPAIRED_LOSSES` (thumbs; `unpaired`), `RANKED_LOSSES` (whole rankings; `ranked`); those of reward
+models in `REWARD_LOSSES` (`reward`). `policy` is PPO's, `sft` is next-token cross-entropy. A new loss is a function
+with `@pair_loss(name)`, `@unpaired_loss(name)`, `@ranked_loss(name)` or `@reward_loss(name)` and a golden row in its
+test.
 """
 
 from kilter.losses.pair import dpo
@@ -15,18 +16,22 @@ from kilter.losses.registry import (
     PAIR_LOSSES,
     RANKED_INPUTS,
     RANKED_LOSSES,
+    REWARD_INPUTS,
+    REWARD_LOSSES,
     UNPAIRED_INPUTS,
     UNPAIRED_LOSSES,
     PreferenceLoss,
     Range,
+    all_losses,
     bind,
     pair_loss,
     preference_losses,
     ranked_loss,
+    reward_loss,
     unpaired_loss,
     unusual,
 )
-from kilter.losses.reward import bradley_terry, centring
+from kilter.losses.reward import bradley_terry, centring, davidson, plackett_luce, regression
 from kilter.losses.sft import dft, nll
 from kilter.losses.unpaired import kto
 
@@ -35,13 +40,17 @@ __all__ = [
     "PAIR_LOSSES",
     "RANKED_INPUTS",
     "RANKED_LOSSES",
+    "REWARD_INPUTS",
+    "REWARD_LOSSES",
     "UNPAIRED_INPUTS",
     "UNPAIRED_LOSSES",
     "PreferenceLoss",
     "Range",
+    "all_losses",
     "bind",
     "bradley_terry",
     "centring",
+    "davidson",
     "dft",
     "dpo",
     "dpo_pl",
@@ -49,9 +58,12 @@ __all__ = [
     "nll",
     "orpo",
     "pair_loss",
+    "plackett_luce",
     "ppo_clip",
     "preference_losses",
     "ranked_loss",
+    "regression",
+    "reward_loss",
     "unpaired_loss",
     "unusual",
     "value_clip",

@@ -1,4 +1,4 @@
-"""What the docstrings and signatures of the preference losses say, as text: `kilter losses` and docs/losses.md.
+"""What the docstrings and signatures of the losses say, as text: `kilter losses` and docs/losses.md.
 
 A docstring is a sentence, a formula (indented), the source with its departures, when to use it, and what it returns
 with its value at a known point, each a paragraph.
@@ -12,23 +12,25 @@ from typing import NamedTuple
 from kilter.losses.registry import (
     PAIR_LOSSES,
     RANKED_LOSSES,
+    REWARD_LOSSES,
     UNPAIRED_LOSSES,
     PreferenceLoss,
     Range,
-    preference_losses,
+    all_losses,
 )
 
 TABLES = {
     "pairs and rankings": PAIR_LOSSES,
     "whole rankings": RANKED_LOSSES,
     "thumbs": UNPAIRED_LOSSES,
+    "rewards": REWARD_LOSSES,
 }
-HEAD = """# Preference losses
+HEAD = """# Losses
 
 Made from the code by `kilter losses --markdown`; a test holds this page to it. Each is one function of log-probs in
 `src/kilter/losses`, checked against arithmetic written out by hand, a re-derivation in plain Python, finite differences
 in float64 and, where it has the loss, TRL 1.16.0. `kilter prefer --loss.name NAME --loss.OPTION VALUE`; several with
-weights under `mix:` in a recipe.
+weights under `mix:` in a recipe. Those over rewards train reward models: `kilter reward --loss.name NAME`.
 
 Log-probs are sums over a response's scored tokens, means where the table says so; |y| is the number of them. A ranking
 gives all its pairs to a pair loss; a tied pair counts half in each direction. A loss is a mean over the whole step's
@@ -48,7 +50,7 @@ class Entry(NamedTuple):
 
 def entry(name: str) -> Entry:
     """The docstring of a registered loss by its parts. Raises ValueError when one is missing."""
-    text = inspect.getdoc(preference_losses()[name].fn) or ""
+    text = inspect.getdoc(all_losses()[name].fn) or ""
     parts = text.split("\n\n")
     if len(parts) != 5 or not parts[1].startswith("    ") or not parts[4].startswith("Returns:\n"):
         raise ValueError(f"loss {name!r}: its docstring needs a sentence, a formula, a source, a use, what it returns")
@@ -76,15 +78,19 @@ def options(loss: PreferenceLoss) -> list[str]:
 
 
 def needs(loss: PreferenceLoss) -> str:
-    """Which log-probs it reads, and what it is a mean over."""
+    """What it reads, and what it is a mean over."""
+    per = f"per {loss.unit.removesuffix('s').replace('_', ' ')}"
+    if "rewards" in loss.inputs:
+        beside = [name for name in loss.inputs if name not in ("rewards", "group", "rank")]
+        return f"{' and '.join(['rewards', *beside])}; {per}"
     reads = "mean log-probs" if loss.length_normalized else "summed log-probs"
     models = "policy and reference" if loss.needs_reference else "policy alone"
-    return f"{reads} of {models}; per {loss.unit.removesuffix('s').replace('_', ' ')}"
+    return f"{reads} of {models}; {per}"
 
 
 def text(name: str) -> str:
     """All of one loss for a terminal."""
-    found, loss = entry(name), preference_losses()[name]
+    found, loss = entry(name), all_losses()[name]
     parts = [f"{name}: {found.summary}", _indented(found.formula), found.source, found.use, f"Reads {needs(loss)}."]
     parts += ["\n".join(options(loss))] if loss.ranges else []
     return "\n\n".join([*parts, found.returns])
@@ -102,7 +108,7 @@ def markdown() -> str:
         use = entry(name).use.removeprefix("Use it ").split(";")[0].rstrip(".")
         lines.append(f"| [`{name}`](#{name}) | {data} | {summary} | {use} |")
     for _, name, summary in every:
-        found, loss = entry(name), preference_losses()[name]
+        found, loss = entry(name), all_losses()[name]
         parts = [f"## {name}", summary, f"```text\n{found.formula}\n```", found.source, found.use]
         lines += ["", "\n\n".join([*parts, f"Reads {needs(loss)}. Returns {found.returns}"])]
         lines += ["", *(f"- `{option.partition(':')[0]}`:{option.partition(':')[2]}" for option in options(loss))]

@@ -48,7 +48,7 @@ def dpo(
     return smoothed(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)), label_smoothing)
 
 
-def smoothed(margin: Tensor, label_smoothing: float) -> Tensor:
+def smoothed(margin: Tensor, label_smoothing: float | Tensor) -> Tensor:
     """-(1 - e) log sigmoid(margin) - e log sigmoid(-margin)."""
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 

@@ -5,7 +5,6 @@ The inputs are described in `registry.RANKED_INPUTS`.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from kilter.losses.pair import Beta, LabelNoise, smoothed
 from kilter.losses.reference_free import RewardScale, TargetMargin
 from kilter.losses.registry import Range, ranked_loss
+from kilter.losses.reward import plackett_luce
 
 GoldCoef = Annotated[float, Range(at_least=0.0, usual=(0.0, 2.0), what="weight of the best response's NLL a token")]
 
@@ -33,9 +33,7 @@ def dpo_pl(logps: Tensor, ref_logps: Tensor, group: Tensor, rank: Tensor, *, bet
     Returns:
         float[R], nats. k responses without a margin give ln k! a prompt: 2 give ln 2, as DPO does.
     """
-    rewards = beta * (logps - ref_logps)
-    rivals = (group[:, None] == group[None, :]) & (rank[None, :] >= rank[:, None])  # bool[R, R]
-    return torch.logsumexp(rewards[None, :].masked_fill(~rivals, -math.inf), dim=1) - rewards
+    return plackett_luce(beta * (logps - ref_logps), group, rank)
 
 
 @ranked_loss("tpo")

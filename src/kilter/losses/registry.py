@@ -1,8 +1,9 @@
-"""The tables of preference losses. A function's signature is its schema: what it takes, its options and their ranges.
+"""The tables of losses that are chosen by name. A function's signature is its schema: inputs, options, their ranges.
 
-The positional parameters name the quantities a loss asks for (`PAIR_INPUTS`, `UNPAIRED_INPUTS`, `RANKED_INPUTS`); the
-keyword-only ones are its options, with their meaning, valid and usual ranges as `Annotated[float, Range(...)]`. `bind`
-joins options and loss with a dry call, so that a mistake shows before any model loads.
+The positional parameters name the quantities a loss asks for (`PAIR_INPUTS`, `UNPAIRED_INPUTS`, `RANKED_INPUTS`,
+`REWARD_INPUTS`); the keyword-only ones are its options, with their meaning, valid and usual ranges as
+`Annotated[float, Range(...)]`. `bind` joins options and loss with a dry call, so that a mistake shows before any model
+loads.
 """
 
 from __future__ import annotations
@@ -56,6 +57,16 @@ RANKED_INPUTS: dict[str, str] = {
 }
 """What a loss over whole rankings can ask for."""
 
+REWARD_INPUTS: dict[str, str] = {
+    "rewards": "float[R], what the reward model says of each response",
+    "group": "int[R], which prompt the response answers",
+    "rank": "float[R], 0 is best; equal ranks are ties",
+    "margin": "float[P] >= 0, how much better the winner is said to be, in the order of `ops.pairs_in_groups(group)`",
+    "value": "float[R], the number that somebody gave the response",
+    "error": "float[R] >= 0, the standard error of `value`; 0: not known",
+}
+"""What a loss of reward models can ask for."""
+
 
 class Range(NamedTuple):
     """The values an option may take, and those people use: outside the first an error, outside the second a warning."""
@@ -83,7 +94,7 @@ class Range(NamedTuple):
         return " and ".join(parts) or "any finite number"
 
 
-Unit = Literal["pairs", "prompts", "chosen_tokens"]
+Unit = Literal["pairs", "prompts", "responses", "chosen_tokens"]
 """What a loss is a mean over, through the whole step."""
 
 
@@ -111,11 +122,18 @@ UNPAIRED_LOSSES: dict[str, PreferenceLoss] = {}
 """Losses over single responses with a thumb up or down."""
 RANKED_LOSSES: dict[str, PreferenceLoss] = {}
 """Losses over all responses to a prompt at once."""
+REWARD_LOSSES: dict[str, PreferenceLoss] = {}
+"""Losses of reward models over all responses to a prompt."""
 
 
 def preference_losses() -> dict[str, PreferenceLoss]:
-    """All three tables as one."""
+    """The tables of losses over log-probs as one."""
     return PAIR_LOSSES | UNPAIRED_LOSSES | RANKED_LOSSES
+
+
+def all_losses() -> dict[str, PreferenceLoss]:
+    """Every table as one."""
+    return preference_losses() | REWARD_LOSSES
 
 
 def pair_loss(name: str, *, length_normalized: bool = False, unit: Unit = "pairs") -> Callable[[LossFn], LossFn]:
@@ -134,11 +152,16 @@ def ranked_loss(name: str, *, length_normalized: bool = False) -> Callable[[Loss
     return _register(RANKED_LOSSES, RANKED_INPUTS, name, "prompts", length_normalized)
 
 
+def reward_loss(name: str, *, unit: Unit) -> Callable[[LossFn], LossFn]:
+    """Register a loss of reward models under `name`, as `pair_loss` does."""
+    return _register(REWARD_LOSSES, REWARD_INPUTS, name, unit, False)
+
+
 def _register(
     table: dict[str, PreferenceLoss], known: Mapping[str, str], name: str, unit: Unit, length_normalized: bool
 ) -> Callable[[LossFn], LossFn]:
     def register(fn: LossFn) -> LossFn:
-        if name in preference_losses():
+        if name in all_losses():
             raise ValueError(f"loss {name!r} is registered twice")
         parameters = inspect.signature(fn).parameters.values()
         options = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -165,14 +188,18 @@ def _range_of(hint: Any) -> Range | tuple[str, ...]:
     return next((extra for extra in get_args(hint) if isinstance(extra, Range)), Range())
 
 
-def bind(name: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
+def bind(
+    name: str, options: Mapping[str, Any], *, table: Mapping[str, PreferenceLoss] | None = None
+) -> Callable[..., Tensor]:
     """The loss `name` with its options filled in, as a function of its inputs, in the order of `PreferenceLoss.inputs`.
 
+    Args:
+        table: the losses to choose from; None: `preference_losses()`.
     Raises:
         ValueError: no such loss, no such option, or a value outside the option's range. Callers that read options from
             a user turn it into a ConfigError.
     """
-    table = preference_losses()
+    table = preference_losses() if table is None else table
     if name not in table:
         close = difflib.get_close_matches(name, table)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -202,7 +229,7 @@ def bind(name: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
 
 def unusual(name: str, options: Mapping[str, Any]) -> list[str]:
     """One sentence for each option that is valid but outside the range people use."""
-    ranges = preference_losses()[name].ranges
+    ranges = all_losses()[name].ranges
     return [
         f"loss.{key} is {value:g}; usual for {name!r} is {allowed.usual[0]:g} to {allowed.usual[1]:g}"
         for key, value in options.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,6 +14,7 @@ from kilter.errors import ModelError
 from kilter.models.adapters import load_adapter, trained_on
 from kilter.models.heads import ScalarHead
 from kilter.models.load import load_classifier, load_config, load_model, origin_config, weights_hash
+from kilter.models.reward_heads import REWARD, heads_of
 from kilter.models.roles import Lora, Role, add_adapter, base_parameters
 from kilter.models.save import sequence_classifier
 from kilter.models.trunk import Trunk, hidden_size
@@ -55,39 +57,49 @@ def reward_trunk(
     generator: torch.Generator,
     head_std: float | None = None,
     lora: Lora | None = None,
+    heads: Sequence[str] = ("reward",),
+    own_adapters: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> Trunk:
-    """A reward model from a language model: its decoder and a new scalar head, as role `reward`.
+    """A reward model from a language model: its decoder and new scalar heads, a role each.
 
     Args:
-        generator: draws the head's first values (and the adapter's).
+        generator: draws the heads' first values (and the adapters').
         head_std: their standard deviation; None: `1 / sqrt(hidden size + 1)` (Stiennon et al. 2020, arXiv 2009.01325);
             0: every reward starts at 0.
-        lora: train an adapter (and the head) on the frozen model, which is then kept whole so that roles can share it.
+        lora: train an adapter (and the heads) on the frozen model, which is then kept whole so that roles can share it.
+        heads: the roles' names; the heads have the same.
+        own_adapters: with `lora`, an adapter for each head instead of one for all.
     Raises:
         ModelError: the result could not be saved, because transformers has no sequence classifier of this kind.
     """
     model = _loaded(model)
     sequence_classifier(model.config)
     width = hidden_size(model)
-    head = ScalarHead(width, std=(width + 1) ** -0.5 if head_std is None else head_std, generator=generator)
-    adapter = None
+    std = (width + 1) ** -0.5 if head_std is None else head_std
+    made = {name: ScalarHead(width, std=std, generator=generator) for name in heads}
+    roles = {name: Role("reward", None, name) for name in heads}
     if lora is not None:
-        adapter = "reward"
-        _freeze_with_adapter(model, adapter, lora, generator)
-    role = Role("reward", adapter, "reward")
+        roles = {name: Role("reward", name if own_adapters else "reward", name) for name in heads}
+        for adapter in dict.fromkeys(str(role.adapter) for role in roles.values()):
+            _freeze_with_adapter(model, adapter, lora, generator)
     held = without_head(model) if lora is None else model
-    return Trunk({"reward": held}, {"reward": role}, {"reward": head}, compute_dtype=compute_dtype)
+    return Trunk({"reward": held}, roles, made, compute_dtype=compute_dtype)
 
 
 def load_reward_model(folder: str | Path, *, compute_dtype: torch.dtype | None = None) -> Trunk:
     """A reward model from a folder or hub name of an `AutoModelForSequenceClassification` with one label, also foreign.
 
+    One that Kilter saved with several heads has as many labels, and the roles of `heads_of`. Of one whose heads have
+    adapters of their own, it is the average.
+
     Raises:
         ModelError: it has another number of labels, or is not a decoder with one linear `score` without bias.
     """
     config = load_config(folder)
-    if config.num_labels != 1:
+    said = heads_of(folder)
+    names = (REWARD,) if said.base else said.roles
+    if config.num_labels != len(names):
         raise ModelError(f"{folder}: has {config.num_labels} labels; a reward model has one")
     model = load_classifier(folder)
     score: Any = getattr(model, "score", None)
@@ -96,11 +108,12 @@ def load_reward_model(folder: str | Path, *, compute_dtype: torch.dtype | None =
             f"{folder}: {type(model).__name__} does not end with one linear layer `score` without bias; "
             "Kilter reads reward models that are decoders, such as LlamaForSequenceClassification"
         )
-    head = ScalarHead(score.in_features)
+    heads = {name: ScalarHead(score.in_features) for name in names}
     with torch.no_grad():
-        head.weight.copy_(score.weight)
-    role = Role("reward", None, "reward")
-    return Trunk({"reward": without_head(model)}, {"reward": role}, {"reward": head}, compute_dtype=compute_dtype)
+        for row, head in zip(score.weight, heads.values(), strict=True):
+            head.weight.copy_(row[None])
+    roles = {name: Role("reward", None, name) for name in names}
+    return Trunk({"reward": without_head(model)}, roles, heads, compute_dtype=compute_dtype)
 
 
 def ppo_trunk(
@@ -146,9 +159,18 @@ def ppo_trunk(
         if lora is not None:
             _freeze_with_adapter(backbone, "value", lora, generator)
         trunk.add_model("value", backbone)
-        head = cast(ScalarHead, scorer.heads["reward"])
+        head = mean_head(scorer)
     trunk.add_role("value", role, head)
     return trunk
+
+
+def mean_head(trunk: Trunk) -> ScalarHead:
+    """A head that says the mean of what all heads of a reward model say."""
+    head, *others = (cast(ScalarHead, head) for head in trunk.heads.values())
+    if others:
+        with torch.no_grad():
+            head.weight.copy_(torch.stack([head.weight, *(other.weight for other in others)]).mean(0))
+    return head
 
 
 def without_head(model: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kilter.errors import ModelError
 from kilter.models.adapters import gather_adapter, is_writer
 from kilter.models.attention import has_attention_softcap, text_config
 from kilter.models.load import origin_config, plain_model, quiet, whole
+from kilter.models.reward_heads import MEMBERS, REWARD, RewardHeads
 from kilter.models.roles import plain_tensors
 from kilter.models.trunk import Trunk, decoder
 from kilter.rundir import write_folder, write_json
@@ -39,41 +40,71 @@ def save_causal_lm(trunk: Trunk, role: str, folder: str | Path, tokenizer: Any) 
         raise ModelError(f"role {role!r} has no language head and cannot be saved as a language model")
     with torch.no_grad():
         plain = plain_model(model, plain_tensors(model, held.adapter))
-    _write(trunk, role, Path(folder), plain, tokenizer)
+    _write(trunk, (role,), Path(folder), plain, tokenizer)
 
 
 def save_reward_model(
-    trunk: Trunk, role: str, folder: str | Path, tokenizer: Any, *, end_ids: Collection[int] = ()
+    trunk: Trunk,
+    roles: str | Sequence[str],
+    folder: str | Path,
+    tokenizer: Any,
+    *,
+    end_ids: Collection[int] = (),
+    heads: RewardHeads | None = None,
 ) -> None:
-    """Writes a role with a scalar head as an `AutoModelForSequenceClassification` with one label.
+    """Writes roles with scalar heads as an `AutoModelForSequenceClassification` with one label for each.
+
+    Where each role has an adapter of its own, one label: the average of the weights of all; see `reward_heads`.
 
     transformers reads the score at the last token that is not the pad token, Kilter at the response's last token
     (`tree.last`). The pad token that is saved is therefore one that never ends a response; where the tokenizer has
     none, a new one is added, with a zero row in the embeddings if they have no free row.
 
     Args:
+        roles: one, or several on one model: all with one adapter (or none), or each with its own.
         end_ids: tokens that may end a response, besides the end tokens of the tokenizer and the generation config.
+        heads: what `kilter.json` is to say of several.
     Raises:
-        ModelError: the role has no head, or transformers has no sequence classifier for this kind of model.
+        ModelError: a role has no head, or transformers has no sequence classifier for this kind of model.
     """
-    held = trunk.roles[role]
-    if held.head is None:
-        raise ModelError(f"role {role!r} has no scalar head and cannot be saved as a reward model")
+    roles = (roles,) if isinstance(roles, str) else tuple(roles)
+    for role in roles:
+        if trunk.roles[role].head is None:
+            raise ModelError(f"role {role!r} has no scalar head and cannot be saved as a reward model")
+    held = trunk.roles[roles[0]]
     model: Any = trunk.models[held.model]
     classifier = sequence_classifier(model.config)
     config = origin_config(model)
     tokenizer = copy.deepcopy(tokenizer)
     pad_id = pick_pad(tokenizer, {*end_ids, *end_tokens(tokenizer, model)})
-    config.num_labels = 1
+    adapters = tuple(dict.fromkeys(trunk.roles[role].adapter for role in roles))
+    labels = heads.labels if heads is not None and len(adapters) == 1 else (REWARD,)
+    config.num_labels = len(labels)
+    if len(labels) > 1:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: place for place, label in enumerate(labels)}
     text_config(config).pad_token_id = config.pad_token_id = pad_id
     with torch.no_grad():
-        tensors = _with_row(decoder(model), plain_tensors(decoder(model), held.adapter), pad_id)
+        tensors = _with_row(decoder(model), _averaged(decoder(model), adapters), pad_id)
         text_config(config).vocab_size = max(text_config(config).vocab_size, pad_id + 1)
         tensors = {f"{classifier.base_model_prefix}.{name}": value for name, value in tensors.items()}
-        head: Any = trunk.heads[held.head]
-        tensors["score.weight"] = whole(head.weight).to(model.dtype)
+        weights: list[Any] = [trunk.heads[str(trunk.roles[role].head)].weight for role in roles]
+        rows = torch.cat([whole(weight) for weight in weights])
+        tensors["score.weight"] = (rows if len(labels) == len(rows) else rows.mean(0, keepdim=True)).to(model.dtype)
         plain = plain_model(model, tensors, kind=classifier, config=config)
-    _write(trunk, role, Path(folder), plain, tokenizer)
+    _write(trunk, roles, Path(folder), plain, tokenizer, heads)
+
+
+def _averaged(model: Any, adapters: Sequence[str | None]) -> dict[str, Tensor]:
+    """The weights of a model with an adapter merged in; of several adapters, their mean."""
+    tensors = plain_tensors(model, adapters[0])
+    for adapter in adapters[1:]:
+        more = plain_tensors(model, adapter)
+        tensors = {name: value + more[name] if value.is_floating_point() else value for name, value in tensors.items()}
+    count = len(adapters)
+    if count == 1:
+        return tensors
+    return {name: value / count if value.is_floating_point() else value for name, value in tensors.items()}
 
 
 def _with_row(model: Any, tensors: dict[str, Tensor], token: int) -> dict[str, Tensor]:
@@ -117,13 +148,18 @@ def pick_pad(tokenizer: Any, ends: Collection[int]) -> int:
     return int(tokenizer.pad_token_id)
 
 
-def _write(trunk: Trunk, role: str, folder: Path, plain: Any, tokenizer: Any) -> None:
+def _write(
+    trunk: Trunk, roles: Sequence[str], folder: Path, plain: Any, tokenizer: Any, heads: RewardHeads | None = None
+) -> None:
     """Of a sharded trunk every process comes here, and one writes."""
-    about: dict[str, Any] = {"kilter": kilter.__version__, "role": role}
-    adapter = None
-    if trunk.roles[role].adapter is not None:
-        adapter = gather_adapter(trunk, role)
-        about["trunk"] = adapter.about["trunk"]
+    about: dict[str, Any] = {"kilter": kilter.__version__, "role": roles[0]}
+    # One adapter below several heads is merged and nothing else: an adapter's folder holds one head.
+    apart = len({trunk.roles[role].adapter for role in roles}) == len(roles)
+    adapters = [gather_adapter(trunk, role) for role in roles if trunk.roles[role].adapter is not None and apart]
+    if adapters:
+        about["trunk"] = adapters[0].about["trunk"]
+    if heads is not None and len(heads.labels) > 1:
+        about["heads"] = heads.to_dict()
     if not is_writer():
         return
     with write_folder(folder) as beside:
@@ -134,6 +170,10 @@ def _write(trunk: Trunk, role: str, folder: Path, plain: Any, tokenizer: Any) ->
             # Read by transformers: its own default there, `sdpa`, would drop the cap and give other numbers.
             config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
             write_json(beside / "config.json", config | {"attn_implementation": "eager"})
-        if adapter is not None:
-            adapter.write(beside / "adapter")
+        if len(adapters) == 1:
+            adapters[0].write(beside / "adapter")
+        elif adapters:
+            (beside / MEMBERS).mkdir()
+            for place, adapter in enumerate(adapters):
+                adapter.write(beside / MEMBERS / str(place))
         write_json(beside / "kilter.json", about)

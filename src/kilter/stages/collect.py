@@ -68,7 +68,8 @@ def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
         data.write(folder / "judgements.jsonl", judgements)
     found["ranked"] = len(rankings)
     if stage.truth.path:
-        true = score_truth(context.call("truth", stage.truth), [prompt for prompt, _ in kept], [row for _, row in kept])
+        asked, judged = [Prompt(prompt=one.prompt) for one in rankings], [one.responses for one in rankings]
+        true = score_truth(context.call("truth", stage.truth), asked, judged)
         found["label_accuracy"] = _label_accuracy(rankings, true)
     return found
 
@@ -90,6 +91,7 @@ def run_best_of_n(context: Context, stage: BestOfNStage) -> dict[str, Any]:
         "model": context.model(stage.model),
         "reward": context.model(stage.reward),
         "num_samples": stage.num_samples,
+        "combine": None if stage.combine is None else stage.combine.model_dump(),
     }
     with write_folder(context.folder.result) as folder:
         write_json(folder / "best_of_n.json", about)

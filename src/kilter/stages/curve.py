@@ -14,6 +14,7 @@ from kilter.errors import ModelError
 from kilter.evals import Answer, figures
 from kilter.models.build import load_reward_model, policy_trunk
 from kilter.models.load import load_tokenizer
+from kilter.models.reward_heads import REWARD
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Sample
 from kilter.rollout.best_of_n import best_of_n_curve
@@ -189,14 +190,16 @@ def _coach(evaluation: Evaluation) -> Callable[[Rollout], list[float]] | None:
         trunk = load_reward_model(folder).eval()
     except ModelError:
         return None
+    if REWARD not in trunk.roles:  # several heads: no one number a token
+        return None
     return lambda rollout: _values(trunk, rollout)
 
 
 @torch.no_grad()
 def _values(trunk: Trunk, rollout: Rollout) -> list[float]:
     tree = make_batch([[Group(rollout.completion.prompt, (Response(rollout.completion.ids),))]]).tree
-    before = trunk(tree, {"reward": "values"})["reward"]  # float[N], read before each token
-    last = trunk(tree, {"reward": "rewards"})["reward"]
+    before = trunk(tree, {REWARD: "values"})[REWARD]  # float[N], read before each token
+    last = trunk(tree, {REWARD: "rewards"})[REWARD]
     return [float(value) for value in torch.cat([before[1:], last])]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kilter.config import EvalStage
+from kilter.config import Combine, EvalStage
 from kilter.data.chat import ChatEncoder
 from kilter.errors import CheckError, ModelError
 from kilter.evals import Answer, read_answers, write_answers
@@ -133,7 +133,7 @@ class Evaluation:
             "policy",
             self.judges.encoder,
             self.prompts,
-            scorer_of(about["reward"]),
+            scorer_of(about["reward"], combine=None if about["combine"] is None else Combine(**about["combine"])),
             n=about["num_samples"],
             sampling=self.sampling,
             generator=self.context.generator(f"samples/{name}"),

@@ -10,6 +10,7 @@ from kilter.errors import KilterError
 from kilter.models.load import load_config, load_tokenizer
 from kilter.report.needs import GIB, TRAINED_BYTES, Shape, memory
 from kilter.rundir import RunDir
+from kilter.stages import rewards
 from kilter.stages.context import Context
 from kilter.stages.prefer import objective_of, record_kind
 from kilter.stages.progress import Watch
@@ -120,7 +121,8 @@ def _first_groups(context: Context, folder: str) -> list[Group]:
     if isinstance(stage, SftStage):
         records = context.records("data", stage.data, stage.data.kind)
         return convert(context, equipment, records[:2], stage.optim, "first batch", stage.data.score).groups
-    records = context.records("data", stage.data, record_kind(stage) if isinstance(stage, PreferStage) else "ranking")
+    kind = record_kind(stage) if isinstance(stage, PreferStage) else rewards.record_kind(stage)
+    records = context.records("data", stage.data, kind)
     return convert(context, equipment, records[:2], stage.optim, "first batch").groups
 
 

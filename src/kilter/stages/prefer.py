@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from kilter.config import NO_REFERENCE, CollectStage, OnlineStage, PreferStage, Recipe
+from kilter.config import NO_REFERENCE, CollectStage, OnlineStage, PreferStage, Recipe, RewardStage
 from kilter.errors import ConfigError
 from kilter.losses import unusual
 from kilter.models.build import policy_trunk
@@ -22,6 +22,7 @@ from kilter.stages.context import Context
 from kilter.stages.heaviest import write_heaviest
 from kilter.stages.probe import run_probe
 from kilter.stages.reinforce import check_reward, prompt_groups, reward_of, scorer_of
+from kilter.stages.rewards import reward_objective
 from kilter.stages.snapshots import Snapshots, snapshot_places
 from kilter.stages.supervised import Figures, evaluation, held_out_figures
 from kilter.stages.training import (
@@ -61,6 +62,12 @@ def check_losses(recipe: Recipe) -> list[str]:
                 raise ConfigError(f"stages.{name}: {err}") from err
             found = [line for loss in (stage.loss, *stage.mix) for line in unusual(loss.name, loss.options)]
             lines += [f"stages.{name}: {line}" for line in found]
+        elif isinstance(stage, RewardStage):
+            try:
+                reward_objective(stage)
+            except ConfigError as err:
+                raise ConfigError(f"stages.{name}: {err}") from err
+            lines += [f"stages.{name}: {line}" for line in unusual(stage.loss.name, stage.loss.options)]
     return lines
 
 
@@ -141,7 +148,7 @@ def run_online(context: Context, stage: OnlineStage) -> Figures:
     objective = objective_of(stage)
     equipment = equip(context, stage.model)
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
-    scorer = scorer_of(reward_of(context, stage.reward), dtype=compute_dtype(stage.precision))
+    scorer = scorer_of(reward_of(context, stage.reward), combine=stage.combine, dtype=compute_dtype(stage.precision))
     trunk, sync = _trunk(context, stage, objective, equipment)
     accuracy = check_reward(context, stage, scorer)
     gap = check_trunk(context, trunk, "policy", prompt_groups(equipment, prompts), stage.precision)

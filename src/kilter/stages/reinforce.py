@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from kilter import data
-from kilter.config import OnlineStage, RlStage
-from kilter.data.chat import ChatEncoder
-from kilter.models.build import load_reward_model, ppo_trunk
-from kilter.models.load import load_tokenizer
+from kilter.config import Combine, OnlineStage, RlStage
+from kilter.models.build import ppo_trunk
 from kilter.models.save import save_causal_lm
 from kilter.records import PreferencePair, Prompt, Scorer
 from kilter.rollout.collect import Rollout
@@ -22,23 +20,27 @@ from kilter.rollout.reward import paid_rewards
 from kilter.rollout.source import Verdict
 from kilter.scorers.check import check_scorer
 from kilter.scorers.load import load_scorer
-from kilter.scorers.reward_model import RewardModelScorer
+from kilter.scorers.reward_model import load_reward_scorer
 from kilter.stages.collect import sampling_of
 from kilter.stages.context import FUNCTION, Context
+from kilter.stages.rewards import HELD_OUT
 from kilter.stages.snapshots import Snapshots, snapshot_places
-from kilter.stages.supervised import HELD_OUT
 from kilter.stages.training import Equipment, check_trunk, compute_dtype, equip, lora_of, train
 from kilter.train.checks import check_signs, require
 from kilter.train.objectives import ppo
 from kilter.tree import Group, Response
 
 
-def scorer_of(folder: str, *, dtype: torch.dtype | None = None) -> Scorer:
-    """A reward model folder, or a function `package.module:name`, as a scorer."""
+def scorer_of(folder: str, *, combine: Combine | None = None, dtype: torch.dtype | None = None) -> Scorer:
+    """A reward model folder, or a function `package.module:name`, as a scorer.
+
+    Args:
+        combine: how several heads make one number; None: as the reward model says.
+    """
     if FUNCTION.fullmatch(folder):
         return load_scorer(folder)
-    encoder = ChatEncoder(load_tokenizer(folder))
-    return RewardModelScorer(load_reward_model(folder, compute_dtype=dtype).eval(), encoder)
+    said = None if combine is None else combine.model_dump()
+    return load_reward_scorer(folder, combine=said, compute_dtype=dtype)
 
 
 def reward_of(context: Context, value: str) -> str:
@@ -52,7 +54,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
     reward = reward_of(context, stage.reward)
     dtype = compute_dtype(stage.precision)
-    scorer = scorer_of(reward, dtype=dtype)
+    scorer = scorer_of(reward, combine=stage.combine, dtype=dtype)
     numbers = stage.ppo
     value_from = reward if numbers.value_from_reward and not FUNCTION.fullmatch(reward) else None
     trunk = ppo_trunk(

@@ -23,8 +23,9 @@ from kilter.stages.inputs import fingerprints
 from kilter.stages.prefer import check_losses, run_online, run_prefer
 from kilter.stages.progress import Watch
 from kilter.stages.reinforce import run_rl
+from kilter.stages.rewards import run_reward
 from kilter.stages.summary import evaluate, write_summary
-from kilter.stages.supervised import run_reward, run_sft
+from kilter.stages.supervised import run_sft
 from kilter.stages.workers import side_by_side
 
 

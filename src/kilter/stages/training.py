@@ -170,15 +170,20 @@ class Read(NamedTuple):
     held_records: Sequence[Any]
     groups: list[Group]
     held: list[Group]
+    places: list[int]
+    """Which of `records` each group came from."""
+    held_places: list[int]
 
 
 def read_split(context: Context, equipment: Equipment, stage: Any, kind: str, score: Score = "responses") -> Read:
     """Reads `stage.data` and sets `stage.held_out` of its prompts aside."""
     records = context.records("data", stage.data, kind)
     learned, held = split_by_prompt(records, held_out=stage.held_out, seed=context.seed("split"))
-    groups = convert(context, equipment, learned, stage.optim, "training", score).groups
-    kept = convert(context, equipment, held, stage.optim, "held out", score).groups if held else []
-    return Read(learned, held, groups, kept)
+    made = convert(context, equipment, learned, stage.optim, "training", score)
+    if not held:
+        return Read(learned, held, made.groups, [], made.records, [])
+    kept = convert(context, equipment, held, stage.optim, "held out", score)
+    return Read(learned, held, made.groups, kept.groups, made.records, kept.records)
 
 
 def train(

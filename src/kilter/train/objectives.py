@@ -4,7 +4,7 @@ An objective is a callable with `roles` (who trains) and maybe two hooks: `prepa
 gradient and before the first forward, what is a function of the whole step; `finish(means)` works out figures that are
 no means themselves (a variance explained, a perplexity) from those that are.
 
-Preference losses, all of them, have theirs in `preferences`.
+Preference losses, all of them, have theirs in `preferences`, and reward models in `rewards`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from kilter.errors import CheckError
-from kilter.losses import bradley_terry, centring, dft, nll, ppo_clip, value_clip
-from kilter.ops import clamp_log_ratio, kl_k3, pairs_in_groups
+from kilter.losses import dft, nll, ppo_clip, value_clip
+from kilter.ops import clamp_log_ratio, kl_k3
 from kilter.tree import Batch
 
 
@@ -106,62 +106,6 @@ class Sft:
 def sft(*, loss: Literal["nll", "dft"] = "nll", role: str = "policy") -> Sft:
     """Cross-entropy of demonstrations (`losses.nll`) or its rescaled form (`losses.dft`), per token."""
     return Sft(loss, role)
-
-
-# Reward models -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RewardModel:
-    """Bradley-Terry over all pairs of every ranking, with centring."""
-
-    centring_coef: float = 0.01
-    margin_coef: float = 0.0
-    role: str = "reward"
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return (self.role,)
-
-    def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
-        group, rank = batch.tree.group, extra(batch, "rank", "the reward model's loss")
-        a, b = pairs_in_groups(group)
-        margin = None
-        if self.margin_coef:
-            strength = extra(batch, "margin", "a loss with margins")
-            margin = self.margin_coef * (strength[a] - strength[b]).abs()
-        rewards = trunk(batch.tree, {self.role: "rewards"})[self.role]
-        terms = {"bradley_terry": (bradley_terry(rewards, group, rank, margin=margin).sum(), "pairs")}
-        if self.centring_coef:
-            terms["centring"] = (self.centring_coef * centring(rewards, group).sum(), "pairs")
-        first_is_better = rank[a] <= rank[b]
-        better, worse = torch.where(first_is_better, a, b), torch.where(first_is_better, b, a)
-        ordered = (rank[a] != rank[b]).to(rewards.dtype)  # float[P], 0 for ties: they have no better side
-        return LossOutput(
-            terms,
-            side_by_side("rewards", rewards.detach()[better], rewards.detach()[worse], ordered)
-            | {
-                "rewards/mean": mean_of(rewards),
-                "rewards/square": mean_of(rewards.square()),
-            },
-        )
-
-    def finish(self, means: Mapping[str, float]) -> dict[str, float]:
-        means = dict(means)
-        if (square := means.pop("rewards/square", None)) is not None:
-            means["rewards/std"] = math.sqrt(max(0.0, square - means["rewards/mean"] ** 2))
-        return means
-
-
-def reward_model(*, centring_coef: float = 0.01, margin_coef: float = 0.0, role: str = "reward") -> RewardModel:
-    """Bradley-Terry over all C(k, 2) pairs of each ranking (`losses.bradley_terry`), per pair.
-
-    Args:
-        centring_coef: weight of the squared sum of a pair's rewards; 0 leaves it out. 0.01 is usual.
-        margin_coef: how much of the difference in `extras["margin"]` the winner must lead by; 0: margins are not used.
-        role: whose scalar head trains.
-    """
-    return RewardModel(centring_coef, margin_coef, role)
 
 
 def side_by_side(name: str, better: Tensor, worse: Tensor, weight: Tensor) -> dict[str, tuple[Tensor, Tensor | float]]:

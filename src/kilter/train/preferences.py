@@ -170,7 +170,7 @@ class _Pairs(NamedTuple):
 
     better: Tensor  # int[Q]; the first P are all pairs of all groups, behind them stand the tied ones the other way
     worse: Tensor  # int[Q]
-    share: Tensor  # float[Q], 1, or 1/2 for both directions of a tie; times the gap in extras["pair_weight"], if any
+    share: Tensor  # float[Q], the record's weight, half for both directions of a tie; times the gap in "pair_weight"
     ordered: Tensor  # float[P], 1, or 0 for a tie: it has no better side to show in figures
 
 
@@ -181,6 +181,8 @@ def _pairs(batch: Batch) -> _Pairs:
     better, worse = torch.where(first_is_better, a, b), torch.where(first_is_better, b, a)
     tied = rank[a] == rank[b]
     share = torch.where(tied, 0.5, 1.0)
+    if "weight" in batch.extras:
+        share = share * batch.extras["weight"][a]
     if "pair_weight" in batch.extras:
         share = share * (batch.extras["pair_weight"][a] - batch.extras["pair_weight"][b]).abs()
     return _Pairs(
@@ -248,7 +250,7 @@ class Comparison(_Preference):
                         "rank": extra(batch, "rank", repr(term.name)),
                         "tokens": read.tokens,
                     }
-                )
+                ) * batch.extras.get("weight", torch.ones_like(logps))
             else:
                 losses = term(_pair_inputs(term.loss, batch, pairs, read)) * pairs.share
             terms[term.name] = (term.weight * losses.sum(), term.loss.unit)

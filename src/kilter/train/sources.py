@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from kilter.data.chat import Encoded
+from kilter.data.convert import ranking_of
 from kilter.errors import DataError
 from kilter.records import (
     Conversation,
@@ -19,6 +20,7 @@ from kilter.records import (
     Judgement,
     PreferencePair,
     Ranking,
+    Rating,
     Record,
     UnpairedFeedback,
 )
@@ -130,22 +132,24 @@ def group_of_responses(
 def groups_of_record(encoder: Encoder, record: Record, *, max_tokens: int, score: Score = "responses") -> list[Group]:
     """The groups of any record that can be trained on; a document comes in pieces of at most `max_tokens`.
 
-    Pairs and rankings carry `rank` (0 is best) and `margin` for each response, unpaired feedback `desirable` (1 or 0).
-    A pair's margin stands on the chosen response, so that the difference within the pair is the margin.
+    Pairs, rankings and ratings carry `rank` (0 is best), `margin` and the record's `weight` for each response, ratings
+    `value` and `error` too, unpaired feedback `desirable` (1 or 0). A pair's margin stands on the chosen response, so
+    that the difference within the pair is the margin.
     """
     if isinstance(record, Demonstration):
         return groups_of_demonstration(encoder, record, score)
     if isinstance(record, Document):
         return groups_of_document(encoder, record, max_tokens)
-    if isinstance(record, PreferencePair):
-        numbers = [
-            {"rank": 0.0, "margin": record.margin or 0.0},
-            {"rank": 0.0 if record.tie else 1.0, "margin": 0.0},
-        ]
-        return [group_of_responses(encoder, record.prompt, (record.chosen, record.rejected), numbers)]
-    if isinstance(record, Ranking | Judgement):
-        numbers = [{"rank": float(rank), "margin": 0.0} for rank in record.ranks]
-        return [group_of_responses(encoder, record.prompt, record.responses, numbers)]
+    if isinstance(record, PreferencePair | Ranking | Judgement | Rating):
+        order = ranking_of(record)
+        numbers = [{"rank": float(rank), "margin": 0.0, "weight": record.weight} for rank in order.ranks]
+        if isinstance(record, PreferencePair):
+            numbers[0]["margin"] = record.margin or 0.0
+        if isinstance(record, Rating):
+            errors = record.errors or (0.0,) * len(record.values)
+            for held, value, error in zip(numbers, record.values, errors, strict=True):
+                held |= {"value": float(value), "error": float(error)}
+        return [group_of_responses(encoder, record.prompt, order.responses, numbers)]
     if isinstance(record, UnpairedFeedback):
         numbers = [{"desirable": float(record.desirable)}]
         return [group_of_responses(encoder, record.prompt, (record.response,), numbers)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kilter.world.annotators import panel
+from kilter.world.annotators import panel, society
 from kilter.world.demonstrators import demonstrations
 from kilter.world.evaluation import is_sentences, measure, oracle, true_reward
 from kilter.world.grammar import KINDS, find, prompts
@@ -27,5 +27,6 @@ __all__ = [
     "oracle",
     "panel",
     "prompts",
+    "society",
     "true_reward",
 ]

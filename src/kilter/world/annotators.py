@@ -152,8 +152,30 @@ class SimulatedAnnotators:
             shown=tuple(int(index) for index in shown),
             seconds=round(seconds, 1),
             kind=item.kind,
+            group=liking.group,
             source=SOURCE,
         )
+
+
+class Society:
+    """Several crowds, each of one group's people; every prompt is judged by each of them."""
+
+    def __init__(self, crowds: Sequence[SimulatedAnnotators]) -> None:
+        self.crowds = tuple(crowds)
+
+    @property
+    def name(self) -> str:
+        """Said in logs; a judgement names its own annotator and group."""
+        return "society"
+
+    def rank(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[Judgement]:
+        """A judgement of each crowd, prompt by prompt."""
+        by_crowd = [crowd.rank(prompts, responses) for crowd in self.crowds]
+        return [judged for row in zip(*by_crowd, strict=True) for judged in row]
+
+    def thumbs(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[UnpairedFeedback]:
+        """A thumb of each crowd for each response."""
+        return [thumb for crowd in self.crowds for thumb in crowd.thumbs(prompts, responses)]
 
 
 def _item(prompt: Prompt) -> Item:
@@ -194,3 +216,15 @@ def panel(*, seed: int = 0, size: int = 8, **options: float | str) -> SimulatedA
     if liking.group not in ("", *town.WISHERS):
         raise ConfigError(f"annotators: group is {liking.group!r}; choose one of {', '.join(town.WISHERS)}, or none")
     return SimulatedAnnotators(liking, seed=seed, size=size)
+
+
+def society(*, seed: int = 0, size: int = 8, groups: Sequence[str] = town.WISHERS, **options: float) -> Society:
+    """A crowd of `size` annotators of each group, whose people want different things; `options` are those of `panel`.
+
+    Raises:
+        ConfigError: as `panel` does, or no group.
+    """
+    if not groups:
+        raise ConfigError("annotators: groups is empty; name at least one")
+    seeds = {group: int(content_hash([seed, group]), 16) for group in groups}  # no two groups err alike
+    return Society([panel(seed=seeds[group], size=size, group=group, **options) for group in groups])

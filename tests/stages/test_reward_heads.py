@@ -1,0 +1,172 @@
+"""Reward models of several heads as stages: who teaches which head, what stands in the folder, who is paid by it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+
+import kilter
+from kilter import data, world
+from kilter.errors import ConfigError, DataError
+from kilter.models.reward_heads import heads_of
+from kilter.records import Judgement, Prompt, Rating, Sample
+from kilter.rundir import read_jsonl
+from kilter.scorers import load_reward_scorer
+
+BASE = str(world.MODEL_PATH)
+GROUPS = ("farmer", "fisher", "trader")
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Prompt]:
+    return world.prompts(split="train", per_kind=3)
+
+
+@pytest.fixture(scope="module")
+def judgements(tmp_path_factory: pytest.TempPathFactory, asked: list[Prompt]) -> Path:
+    """Every prompt judged by people of each of three groups."""
+    path = tmp_path_factory.mktemp("judged") / "judgements.jsonl"
+    texts = [["Yes.", "I do not know that.", "The best is bread."] for _ in asked]
+    data.write(path, world.society(noise=0.0).rank(asked, texts))
+    return path
+
+
+def stage(judged: Path, **changes: Any) -> dict[str, Any]:
+    optim = {**small.OPTIM, "batch_size": 8}
+    return {"stage": "reward", "model": BASE, "data": str(judged), "held_out": 0.2, "optim": optim} | changes
+
+
+def run(out: Path, **stages: Any) -> Path:
+    return kilter.align({"name": "heads", "threads": 1, "stages": stages}, out=out).path
+
+
+def done(out: Path, name: str) -> dict[str, Any]:
+    (file,) = out.glob(f"stages/*-{name}/done.json")
+    return dict(json.loads(file.read_text()))
+
+
+def result(out: Path, name: str) -> Path:
+    (folder,) = out.glob(f"stages/*-{name}/result")
+    return folder
+
+
+def test_a_society_has_people_of_every_group_who_err_each_in_their_own_way(asked: list[Prompt]) -> None:
+    texts = [["Yes.", "No.", "I do not know that."] for _ in asked]
+    judged = world.society(noise=2.0).rank(asked, texts)
+    assert [one.group for one in judged[:3]] == list(GROUPS) and len(judged) == 3 * len(asked)
+    assert {one.annotator.rsplit("-", 1)[0] for one in judged} == {f"simulated-{group}" for group in GROUPS}
+    plain = [one for one in judged if one.kind != "opinion"]
+    ranks = {group: [one.ranks for one in plain if one.group == group] for group in GROUPS}
+    assert ranks["farmer"] != ranks["fisher"] != ranks["trader"]
+    assert len(world.society().thumbs(asked, texts)) == 9 * len(asked)
+    with pytest.raises(ConfigError, match="groups is empty"):
+        world.society(groups=())
+
+
+def test_every_kind_of_heads_trains_and_comes_back_as_it_was(tmp_path: Path, judgements: Path) -> None:
+    lora = {"rank": 2}
+    stages = {
+        "groups": stage(judgements, heads={"kind": "groups", "combine": {"how": "vote", "weights": {"fisher": 2.0}}}),
+        "ensemble": stage(judgements, heads={"kind": "ensemble", "members": 3}, loss={"name": "davidson"}),
+        "adapters": stage(
+            judgements, heads={"kind": "ensemble", "members": 2, "own_adapters": True, "bootstrap": False}, lora=lora
+        ),
+        "length": stage(judgements, heads={"kind": "length"}, loss={"name": "plackett_luce"}),
+    }
+    out = run(tmp_path / "run", **stages)
+    labels = {
+        "groups": GROUPS,
+        "ensemble": ("member 0", "member 1", "member 2"),
+        "adapters": ("member 0", "member 1"),
+        "length": ("reward",),
+    }
+    samples = [Sample(prompt.prompt, text) for prompt in world.prompts(per_kind=1) for text in ("Yes.", "No.")]
+    for name, expected in labels.items():
+        heads = heads_of(result(out, name))
+        assert heads.labels == expected and len(heads.usual) == (0 if name == "length" else len(expected))
+        scores = load_reward_scorer(result(out, name)).score(samples)
+        again = load_reward_scorer(result(out, name)).score(samples[::-1])[::-1]
+        assert [score.value for score in scores] == pytest.approx([score.value for score in again], abs=1e-5)
+        assert all(set(score.parts) == (set(expected) if len(expected) > 1 else set()) for score in scores)
+        spreads = [score.spread for score in scores]
+        assert all(spread is not None and spread > 0 for spread in spreads) or name == "length"
+        loss = {"ensemble": "davidson", "length": "plackett_luce"}.get(name, "bradley_terry")
+        assert done(out, name)[f"held_out/loss/{loss}"] > 0 and done(out, name)["accuracy_on_labels"]["n"] > 0
+    found = done(out, "groups")
+    assert {f"held_out/accuracy/{group}" for group in GROUPS} < set(found)
+    assert not any(key.startswith("held_out/reward_") for key in found)
+    assert (result(out, "adapters") / "members" / "1" / "adapter_model.safetensors").exists()
+    assert "held_out/rewards/length_correlation" in done(out, "length")
+    worst = load_reward_scorer(result(out, "ensemble"), combine={"how": "min"}).score(samples)
+    assert [score.value for score in worst] == pytest.approx([min(score.parts.values()) for score in worst])
+
+
+def test_who_is_paid_by_several_heads_may_say_how_they_are_combined(tmp_path: Path, judgements: Path) -> None:
+    prompts = {"path": "kilter.world:prompts", "options": {"split": "train", "per_kind": 1}}
+    rl = {**small.RL, "model": BASE, "rollouts": 1, "prompts": prompts, "ppo": {"kl_coef": 0.1}}
+    combine = {"how": "mean_minus_variance", "variance_coef": 5.0}
+    out = run(
+        tmp_path / "run",
+        reward=stage(judgements, heads={"kind": "ensemble", "members": 2}, epochs=4),
+        mean=rl,
+        careful={**rl, "combine": combine},
+    )
+    mean, careful = (read_jsonl(result(out, name).parent / "metrics.jsonl")[-1] for name in ("mean", "careful"))
+    # The same policy and, by name, other draws: what is taken away is the variance, which is above 0.
+    assert careful["rollout/score"] < mean["rollout/score"]
+
+
+def test_ratings_are_regressed_on(tmp_path: Path, asked: list[Prompt]) -> None:
+    path = tmp_path / "ratings.jsonl"
+    rows = [
+        Rating(prompt=one.prompt, responses=("Yes.", "No way."), values=(4.0, 1.0), errors=(0.1, 2.0)) for one in asked
+    ]
+    data.write(path, rows)
+    out = run(tmp_path / "run", reward=stage(path, loss={"name": "regression"}, centering=0.0, epochs=6))
+    first, *_, last = read_jsonl(result(out, "reward").parent / "metrics.jsonl")
+    assert last["loss/regression"] < first["loss/regression"] / 4
+    scores = load_reward_scorer(result(out, "reward")).score([Sample(asked[0].prompt, "Yes.")])
+    assert scores[0].value == pytest.approx(4.0, abs=1.0)
+    with pytest.raises(DataError, match="no rating can be made of them"):
+        run(tmp_path / "pairs", reward=stage(_pairs(tmp_path, asked), loss={"name": "regression"}))
+
+
+def _pairs(folder: Path, asked: list[Prompt]) -> Path:
+    judged = [Judgement(prompt=one.prompt, responses=("a", "b"), ranks=(0, 1), annotator="w") for one in asked]
+    data.write(folder / "pairs.jsonl", judged)
+    return folder / "pairs.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"loss": {"name": "dpo"}}, r"stages.reward: loss.name is 'dpo'; choose one of bradley_terry"),
+        ({"loss": {"name": "davidson", "nu": 0}}, "loss.nu is 0.0; 'davidson' takes a number > 0"),
+        ({"heads": {"kind": "length"}, "loss": {"name": "regression"}}, "lengths are taken apart in comparisons alone"),
+        ({"heads": {"kind": "ensemble", "own_adapters": True}}, "need a lora.rank above 0"),
+        ({"heads": {"kind": "one", "combine": {"weights": {"a": 1}}}}, "weights are by group, and heads.kind is one"),
+        ({"heads": {"kind": "groups", "combine": {"weights": {"a": -1}}}}, "weights.a is -1; a weight is a number"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_any_work(
+    tmp_path: Path, judgements: Path, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        run(tmp_path / "run", reward=stage(judgements, **changes))
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_groups_that_the_data_do_not_name_are_refused(tmp_path: Path, asked: list[Prompt], judgements: Path) -> None:
+    heads = {"kind": "groups"}
+    with pytest.raises(DataError, match=r"names no 'group', and heads.kind is groups"):
+        run(tmp_path / "none", reward=stage(_pairs(tmp_path, asked), heads=heads))
+    one = tmp_path / "one.jsonl"
+    data.write(one, world.panel(group="farmer").rank(asked, [["Yes.", "No."] for _ in asked]))
+    with pytest.raises(DataError, match="all records are of the group 'farmer'"):
+        run(tmp_path / "one", reward=stage(one, heads=heads))
+    with pytest.raises(ConfigError, match=r"combine.weights names 'baker'; the reward model has farmer, "):
+        run(tmp_path / "baker", reward=stage(judgements, heads=heads | {"combine": {"weights": {"baker": 2.0}}}))
