@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 
 from kilter.cli import main
 from kilter.data import read, write
-from kilter.data.rate import STYLE, comparisons_of, rating_of
+from kilter.data.rate import STYLE, comparisons_of, rankings_of, rating_of
 from kilter.errors import DataError
 from kilter.records import Judgement, Message
+from kilter.stats.rankings import rate_rankings
 from kilter.stats.ratings import ELO_PER_NAT, rate
 
 
@@ -172,3 +174,68 @@ def test_style_that_explains_everything_is_refused() -> None:
 def test_an_answer_of_newlines_ends() -> None:
     """Where blank lines are tried again from each of them, this takes hours."""
     assert STYLE["lists"]("\n" * 200_000 + "- a") == 1
+
+
+def rankings(seed: int = 0, *, count: int = 300, cycle: float = 0.0, code: float = 0.0) -> list[Judgement]:
+    """Four models ranked three at a time by ten annotators; d is better by `code` at code, a, b and c go round."""
+    rng = np.random.default_rng(seed)
+    strength = {"a": 0.6, "b": 0.2, "c": -0.2, "d": -0.6}
+    found = []
+    for number in range(count):
+        names = rng.permutation(list(strength))[: 3 if not cycle else 2].tolist()
+        kind = ("chat", "code")[number % 2]
+        seen = {name: strength[name] + (code if name == "d" and kind == "code" else 0.0) for name in names}
+        for one, other in ("ab", "bc", "ca"):
+            if cycle and {one, other} == set(names):
+                seen = {one: cycle, other: 0.0}
+        noisy = [seen[name] + rng.gumbel() for name in names]
+        ranks = np.argsort(np.argsort(-np.array(noisy))).tolist()
+        record = judged(names, ranks, who=f"w{number % 40}", asked=f"{number % 97}?")
+        found.append(replace(record, kind=kind))
+    return found
+
+
+def test_rankings_are_taken_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Strengths and intervals are those of `rate_rankings`; of one text neither is better; one model alone is out."""
+    held = rankings_of(rankings())
+    scale = rate_rankings(held)
+    told = rating_of(comparisons_of(rankings()), rankings=held, bootstrap=50)
+    assert [model.name for model in told.models] == scale.order() == ["a", "b", "c", "d"]
+    assert told.models[0].strength.mean == pytest.approx(ELO_PER_NAT * scale.interval("a").mean)
+    assert told.models[0].strength.high == pytest.approx(ELO_PER_NAT * scale.interval("a").high)
+    assert told.rankings == 300 and told.misfit is None and told.to_dict()["misfit"] is None
+    drawn = told.models[0].redrawn
+    assert drawn is not None and drawn.low < told.models[0].strength.mean < drawn.high
+    same = rankings_of(
+        [judged(("a", "b", "c"), (2, 0, 1), texts=("x", "y", "x")), judged(("a", "a"), (0, 1)), *rankings(count=2)]
+    )
+    assert len(same.item) == 3 and [same.names[at] for at in same.item[0]] == ["b", "a", "c"]
+    assert same.first[0].tolist() == [0, 1, 1]
+    file = tmp_path / "judged.jsonl"
+    write(file, rankings())
+    assert main(["data", "rate", str(file), "--model", "plackett-luce", "--bootstrap", "50"]) == 0
+    out = capsys.readouterr().out
+    assert "300 rankings taken whole" in out and "0 of which had no rating" in out
+    low, high = drawn.low, drawn.high
+    assert f"drawn [{low:+.0f}, {high:+.0f}]" in out and "strengths do not say" not in out
+    assert main(["data", "rate", str(file), "--model", "plackett-luce", "--style"]) == 2
+    assert "plackett-luce has no --style and no --ties davidson" in capsys.readouterr().err
+
+
+def test_what_strengths_do_not_say_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, other = tmp_path / "kinds.jsonl", tmp_path / "cycle.jsonl"
+    write(file, rankings(count=3000, code=1.0))
+    assert main(["data", "rate", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"strengths do not say: d is \d+ points better where kind is 'code' than elsewhere", out)
+    assert main(["data", "rate", str(file), "--as-json"]) == 0
+    found = json.loads(capsys.readouterr().out)["misfit"]
+    first = next(one for one in found["found"]["kind"] if one["context"] == "code" and one["z"] > 0)
+    assert first["name"] == "d" and first["adjusted"] < 1e-3
+    assert found["tests"] == {"pairs": 6, "kind": 8}
+    write(other, rankings(count=3000, cycle=0.8))
+    assert main(["data", "rate", str(other)]) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"{one} is \d+ points better against {two} than", out) for one, two in ("ab", "bc", "ca"))
+    assert main(["data", "rate", str(other), "--as-json"]) == 0
+    assert json.loads(capsys.readouterr().out)["misfit"]["pairs"]["p"] < 1e-6

@@ -12,8 +12,9 @@ import statsmodels.api as sm
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from kilter.stats import ratings
-from kilter.stats.ratings import Comparisons, Scale, elo, rate
+from kilter.stats import likelihood, ratings
+from kilter.stats.likelihood import Scale
+from kilter.stats.ratings import Comparisons, elo, rate
 
 Row = tuple[str, str, float]
 
@@ -112,14 +113,15 @@ def test_style_is_logistic_regression() -> None:
     assert np.ptp(strengths(plain, 4)) > 2 * np.ptp(strengths(scale, 4))
 
 
-@pytest.mark.parametrize("dense_up_to", [0, 1 << 23], ids=["sparse", "dense"])
+@pytest.mark.parametrize("sparse_below", [0, 10**6], ids=["sparse", "dense"])
 @pytest.mark.parametrize("styled", [False, True])
 @pytest.mark.parametrize("clustered", [False, True])
 def test_errors_are_statsmodels(
-    clustered: bool, styled: bool, dense_up_to: int, monkeypatch: pytest.MonkeyPatch
+    clustered: bool, styled: bool, sparse_below: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of all differences of strengths, and of style; statsmodels without its correction for parameters."""
-    monkeypatch.setattr(ratings, "DENSE_UP_TO", dense_up_to)
+    monkeypatch.setattr(likelihood, "SPARSE_BELOW", sparse_below)
+    monkeypatch.setattr(likelihood, "BLOCK", 14)
     rows, who, _ = drawn(spread=0.7)
     style = {"length": np.random.default_rng(1).normal(size=len(rows)).tolist()} if styled else {}
     scale = rate(Comparisons.of(rows, clusters={"annotator": who} if clustered else {}, style=style))

@@ -1,4 +1,4 @@
-"""`kilter data check | agreement | rate | filter | convert | show | formats`."""
+"""`kilter data check | agreement | rate | scale | filter | convert | show | formats`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kilter.data import ReadResult
     from kilter.records import Record
     from kilter.stats import Interval
+    from kilter.stats.misfit import Misfit
 
 WORST = 5
 """Annotators and items shown."""
@@ -27,6 +28,7 @@ HELP = """usage: kilter data ACTION FILE [options]
   check FILE           duplicates, contradictions, cycles, leakage, length, label noise; exit code 1 on errors
   agreement FILE       how far annotators agree beyond chance, with intervals; who and what pulls it down
   rate FILE            how strong the compared models are, with intervals; Elo beside; control of style
+  scale FILE --out F   a number with its error for every compared response, for a reward model to learn
   filter FILE --out F  leave records out by rules, each counted
   convert FILE --out F rewrite any known layout as Kilter's own JSONL
   show FILE --model M  records as the model will see them, token by token, with what is scored
@@ -74,12 +76,28 @@ class RateOptions(ReadOptions):
 
     ties: Literal["half", "davidson"] = "half"
     """A tie is half a win of both (Bradley-Terry), or an outcome of its own (Davidson)."""
+    model: Literal["bradley-terry", "plackett-luce"] = "bradley-terry"
+    """Every two responses of a ranking for themselves, or (plackett-luce) rankings taken whole: a ranking of k says
+    k - 1 times who is best of those that are left; its k (k - 1) / 2 comparisons say some of that more than once. A tie
+    is then a win of each over those tied with it."""
+    bootstrap: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Draws of whole clusters (annotators times prompts) for a second interval of each strength; 0: none."""
     style: bool = False
     """Strength beside the length, lists and headers of the responses."""
     as_json: bool = False
     """Print everything as JSON."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the shuffles that show how Elo's ratings depend on the order."""
+    """Of the shuffles that show how Elo's ratings depend on the order, and of the draws."""
+
+
+class ScaleOptions(ReadOptions):
+    """Write a number with its standard error for every response that was compared (records of kind `rating`)."""
+
+    out: Path | None = None
+    """File to write; it must not exist yet."""
+    sigma: Annotated[float, Field(gt=0)] | None = None
+    """How much responses to one prompt differ, in nats of odds. Default: fitted, where several verdicts on the same
+    responses say it."""
 
 
 class FilterOptions(ReadOptions):
@@ -120,6 +138,7 @@ def run(command: str, argv: list[str]) -> int:
         "check": (CheckOptions, _check),
         "agreement": (AgreementOptions, _agreement),
         "rate": (RateOptions, _rate),
+        "scale": (ScaleOptions, _scale),
         "filter": (FilterOptions, _filter),
         "convert": (ConvertOptions, _convert),
         "show": (ShowOptions, _show),
@@ -217,25 +236,80 @@ def _agreement(path: str, options: AgreementOptions) -> int:
 
 
 def _rate(path: str, options: RateOptions) -> int:
-    from kilter.data.rate import comparisons_of, rating_of
+    from kilter.data.rate import comparisons_of, contexts_of, rankings_of, rating_of
 
+    whole = options.model == "plackett-luce"
+    if whole and (options.style or options.ties != "half"):
+        raise ConfigError(
+            "kilter data rate: --model plackett-luce has no --style and no --ties davidson; leave them out, or rate by "
+            "--model bradley-terry"
+        )
+    records = _judgements(path, options)
     told = rating_of(
-        comparisons_of(_judgements(path, options), style=options.style), ties=options.ties, seed=options.seed
+        comparisons_of(records, style=options.style),
+        ties=options.ties,
+        seed=options.seed,
+        rankings=rankings_of(records) if whole else None,
+        contexts=contexts_of(records),
+        bootstrap=options.bootstrap,
     )
     if options.as_json:
         print(json.dumps(told.to_dict(), indent=1))
         return 0
     print(f"{path}: {told.comparisons} comparisons, {told.ties} of them ties, of {len(told.models)} models")
     print("  points (400: odds of ten); = cannot be told from the next; Elo's rating in the file's order and in others")
-    print(f"  intervals hold together what is of one {' or '.join(told.clusters) or 'comparison'}")
+    alone = "comparison" if told.rankings is None else "ranking"
+    print(f"  intervals hold together what is of one {' or '.join(told.clusters) or alone}")
+    if told.rankings is not None:
+        print(f"  strengths are those of {told.rankings} rankings taken whole (Plackett and Luce)")
+    if options.bootstrap:
+        print(f"  drawn: of {options.bootstrap} draws of whole clusters, {told.unrated} of which had no rating")
     for place, model in enumerate(told.models, start=1):
         low, mean, high = model.strength.low, model.strength.mean, model.strength.high
         print(
             f"  {place:>3} {mean:+6.0f} [{low:+.0f}, {high:+.0f}] {' ' if model.apart else '='} {one_line(model.name)}"
             f"  ({model.comparisons} comparisons; Elo {model.elo:+.0f}, {model.elo_low:+.0f} to {model.elo_high:+.0f})"
+            + (f", drawn [{model.redrawn.low:+.0f}, {model.redrawn.high:+.0f}]" if model.redrawn else "")
         )
     for name, worth in told.style.items():
         print(f"  style: one standard deviation more {name} is worth {worth:+.0f} points")
+    if told.misfit is not None:
+        _print_misfit(told.misfit)
+    return 0
+
+
+def _print_misfit(found: Misfit) -> None:
+    from kilter.stats.ratings import ELO_PER_NAT
+
+    some = False
+    for family in found.departures:
+        departures = found.found(family)
+        for one in departures[: 2 * WORST]:
+            where = f"against {one.against}" if one.against is not None else f"where {family} is {one.context!r}"
+            points, tests = ELO_PER_NAT * one.effect, len(found.departures[family])
+            print(
+                f"  strengths do not say: {one_line(str(one.name))} is {abs(points):.0f} points "
+                f"{'better' if points > 0 else 'worse'} {one_line(where)} than elsewhere "
+                f"({one.comparisons} comparisons; p {one.adjusted:.2g}, corrected for {tests} tests)"
+            )
+        if len(departures) > 2 * WORST:
+            print(f"  and {len(departures) - 2 * WORST} more by {family}; --as-json lists them")
+        some = some or bool(departures)
+    if found.p < 0.05 and not some:
+        print(f"  strengths do not say all about pairs (p {found.p:.2g}), but of no single one that is sure")
+
+
+def _scale(path: str, options: ScaleOptions) -> int:
+    from kilter.data import write
+    from kilter.data.scale import ratings_of
+
+    out = new_jsonl(options.out)
+    found = ratings_of(_judgements(path, options), sigma=options.sigma)
+    write(out, found.records)
+    how = "given" if options.sigma else "fitted"
+    print(f"{out}: {len(found.records)} prompts, {found.responses} responses; sigma {found.sigma:.3f} nats ({how})")
+    if found.identical:
+        print(f"  {found.identical} comparisons of two responses of one text are left out")
     return 0
 
 
