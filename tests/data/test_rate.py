@@ -207,10 +207,10 @@ def test_rankings_are_taken_whole(tmp_path: Path, capsys: pytest.CaptureFixture[
     drawn = told.models[0].redrawn
     assert drawn is not None and drawn.low < told.models[0].strength.mean < drawn.high
     same = rankings_of(
-        [judged(("a", "b", "c"), (2, 0, 1), texts=("x", "y", "x")), judged(("a", "a"), (0, 1)), *rankings(count=2)]
+        [judged(("a", "b", "c"), (0, 1, 2), texts=("x", "y", "x")), judged(("a", "a"), (0, 1)), *rankings(count=2)]
     )
-    assert len(same.item) == 3 and [same.names[at] for at in same.item[0]] == ["b", "a", "c"]
-    assert same.first[0].tolist() == [0, 1, 1]
+    assert len(same.item) == 3 and [same.names[at] for at in same.item[0]] == ["a", "c", "b"]
+    assert same.first[0].tolist() == [0, 0, 2]
     file = tmp_path / "judged.jsonl"
     write(file, rankings())
     assert main(["data", "rate", str(file), "--model", "plackett-luce", "--bootstrap", "50"]) == 0
