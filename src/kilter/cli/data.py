@@ -1,4 +1,4 @@
-"""`kilter data check | agreement | rate | scale | filter | convert | show | formats`."""
+"""`kilter data check | agreement | annotators | rate | scale | filter | convert | show | formats`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ HELP = """usage: kilter data ACTION FILE [options]
 
   check FILE           duplicates, contradictions, cycles, leakage, length, label noise; exit code 1 on errors
   agreement FILE       how far annotators agree beyond chance, with intervals; who and what pulls it down
+  annotators FILE      how well each annotator judges, and whether he likes length or a side; --out F: with weights
   rate FILE            how strong the compared models are, with intervals; Elo beside; control of style
   scale FILE --out F   a number with its error for every compared response, for a reward model to learn
   filter FILE --out F  leave records out by rules, each counted
@@ -69,6 +70,21 @@ class AgreementOptions(ReadOptions):
     """Draws of items for the intervals."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the draws."""
+
+
+class AnnotatorsOptions(ReadOptions):
+    """Say how well each annotator judges and what he likes beside quality; weigh judgements by it."""
+
+    as_json: bool = False
+    """Print everything as JSON."""
+    show: Annotated[int, Field(ge=1)] = 20
+    """Annotators shown, the least skilled first; JSON has all."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws from the posterior."""
+    shared_length: Literal["quality", "liking"] = "quality"
+    """What the crowd's liking for length is taken for in the weights: verdicts cannot tell."""
+    out: Path | None = None
+    """File to write the judgements to with weights by skill, of mean 1, in place of theirs; it must not exist yet."""
 
 
 class RateOptions(ReadOptions):
@@ -137,6 +153,7 @@ def run(command: str, argv: list[str]) -> int:
     actions: dict[str, tuple[type[ReadOptions], Callable[..., int]]] = {
         "check": (CheckOptions, _check),
         "agreement": (AgreementOptions, _agreement),
+        "annotators": (AnnotatorsOptions, _annotators),
         "rate": (RateOptions, _rate),
         "scale": (ScaleOptions, _scale),
         "filter": (FilterOptions, _filter),
@@ -233,6 +250,58 @@ def _agreement(path: str, options: AgreementOptions) -> int:
             "noisy, a reward model needs more of them, and what annotators agree on is what it can learn"
         )
     return 0
+
+
+def _annotators(path: str, options: AnnotatorsOptions) -> int:
+    from kilter.data import write
+    from kilter.data.crowd import annotators_of, weighted
+
+    out = new_jsonl(options.out) if options.out else None
+    records = _judgements(path, options)
+    told = annotators_of(records, shared=options.shared_length, seed=options.seed)
+    if out:
+        write(out, weighted(records, told))
+    if options.as_json:
+        print(json.dumps(told.to_dict(), indent=1))
+        return 0
+    print(
+        f"{path}: {told.judgements} judgements by {len(told.annotators)} annotators; {told.items} items (two responses "
+        f"each), {told.items_of_several} of them judged by several"
+    )
+    print(f"  {'skill':<23}{'length':<23}{'side':<23}annotator (judgements)")
+    print("  nats of odds: skill for a standard deviation of quality (0: a coin; below: an adversary),")
+    print("  length for twice the words, side for being shown first; in each column shrunk to the crowd's mean")
+    for name, skill, length, side in [
+        *(
+            (f"{one_line(a.name)} ({a.judgements}{'' if a.with_others else ', alone'})", a.skill, a.length, a.side)
+            for a in told.annotators[: options.show]
+        ),
+        ("the crowd's mean", told.skill, told.length, told.side),
+    ]:
+        print(f"  {_signed(skill):<23}{_signed(length):<23}{_signed(side):<23}{name}")
+    if len(told.annotators) > options.show:
+        print(f"  {len(told.annotators) - options.show} more annotators; --show N, or --as-json for all")
+    alone = sum(not annotator.with_others for annotator in told.annotators)
+    if alone:
+        print(
+            f"  {alone} annotators judged nothing that anybody else judged (alone): their skill is the crowd's, "
+            "whatever they did"
+        )
+    if told.side:
+        liked = "liked" if told.side.low > 0 else "disliked" if told.side.high < 0 else "neither liked nor disliked"
+        print(f"  the side shown first is {liked}")
+    else:
+        print("  nothing says which response was shown first ('shown'): no liking for a side can be told")
+    if told.length and told.length.excludes(0.0):
+        more = "longer" if told.length.mean > 0 else "shorter"
+        print(f"  {more} responses win: whether they are better or only liked is not in verdicts")
+    if out:
+        print(f"{out}: {told.judgements} judgements with weights by skill")
+    return 0
+
+
+def _signed(interval: Interval | None) -> str:
+    return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]" if interval else "-"
 
 
 def _rate(path: str, options: RateOptions) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from kilter.data.lint import comparisons
@@ -41,7 +41,7 @@ class Verdicts(NamedTuple):
 
 
 def verdicts(records: Iterable[Record]) -> Verdicts:
-    """Every two responses of every judgement; a ranking of k gives k (k - 1) / 2.
+    """Every two responses of every judgement, each annotator's first verdict on each item.
 
     Raises:
         DataError: a record that does not say who judged, or a judgement without its annotator.
@@ -49,6 +49,24 @@ def verdicts(records: Iterable[Record]) -> Verdicts:
     kept: dict[tuple[str, str], Verdict] = {}
     texts: dict[str, tuple[str, str]] = {}
     repeated = identical = 0
+    for verdict, of_item in every_verdict(records):
+        if of_item[0] == of_item[1]:
+            identical += 1
+            continue
+        texts[verdict.item] = of_item
+        if (verdict.item, verdict.annotator) in kept:
+            repeated += 1
+        else:
+            kept[verdict.item, verdict.annotator] = verdict
+    return Verdicts(list(kept.values()), repeated, identical, texts)
+
+
+def every_verdict(records: Iterable[Record]) -> Iterator[tuple[Verdict, tuple[str, str]]]:
+    """Every two responses of every judgement, with their texts; a ranking of k gives k (k - 1) / 2.
+
+    Raises:
+        DataError: as `verdicts`.
+    """
     for place, record in enumerate(records):
         if not isinstance(record, Judgement):
             raise DataError(
@@ -58,17 +76,8 @@ def verdicts(records: Iterable[Record]) -> Verdicts:
             raise DataError(f"record {place + 1}: 'annotator' is empty; agreement needs to know who judged")
         prompt = prompt_id(record.prompt)
         for compared in comparisons([record]):
-            if compared.better == compared.worse:
-                identical += 1
-                continue
             # By hash: a file that puts the better response first would have all its verdicts in one category.
             first, second = sorted((compared.better, compared.worse), key=content_hash)
             item = content_hash([prompt, first, second])
-            texts[item] = first, second
             value = TIE if compared.tie else BETTER_FIRST if compared.better == first else BETTER_SECOND
-            verdict = Verdict(item, record.annotator, value, prompt, record.kind, record.at, place)
-            if (item, record.annotator) in kept:
-                repeated += 1
-            else:
-                kept[item, record.annotator] = verdict
-    return Verdicts(list(kept.values()), repeated, identical, texts)
+            yield Verdict(item, record.annotator, value, prompt, record.kind, record.at, place), (first, second)
