@@ -214,6 +214,8 @@ class Sample:
     ids: tuple[int, ...] = ()
     finished: bool = True
     """Ended by the end-of-turn token or a stop string, not by the length limit."""
+    truth: Mapping[str, Any] = field(default_factory=dict)
+    """The prompt's own `truth`, for scorers that verify; empty where there is none."""
 
 
 @dataclass(frozen=True, slots=True)

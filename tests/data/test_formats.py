@@ -266,6 +266,8 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[Record]]] = {
     "topics": ({"T": {"P:": ["Q", "R"]}}, [Prompt(prompt=said("Q"), kind="T/P"), Prompt(prompt=said("R"), kind="T/P")]),
     "prompts-goal": ({"goal": "Q", "target": "Sure"}, [Prompt(prompt=said("Q"))]),
     "prompts-prompt": ({"prompt": HUMAN, "category": "c"}, [Prompt(prompt=said("Hi", "Yes?", "Why?"), kind="c")]),
+    "prompts-query": ({"query": "Q", "truth": {"sum": 5}}, [Prompt(prompt=said("Q"), truth={"sum": 5})]),
+    "prompts-user_query": ({"user_query": "Q", "truth": 0}, [Prompt(prompt=said("Q"), truth={"answer": 0})]),
 }
 ELSEWHERE = {"judge-agreement", "tulu-eval-pairs"}
 
@@ -311,6 +313,13 @@ def test_answers_are_taken_from_a_file_beside(tmp_path: Path) -> None:
     assert [skip.line for skip in result.skipped] == [3] and list(result.lines) == [2]
 
 
+def test_a_demonstration_read_as_a_prompt_has_its_answer_as_truth(tmp_path: Path) -> None:
+    path = tmp_path / "file.jsonl"
+    path.write_text(json.dumps({"question": "Q", "answer": "2 + 3\n#### 5"}) + "\n")
+    (made,) = read(path, record="prompt").records
+    assert isinstance(made, Prompt) and made.prompt == said("Q") and made.truth == {"answer": "2 + 3\n#### 5"}
+
+
 def test_every_layout_has_an_example_and_a_description() -> None:
     names = {layout.name for layout in layouts() if not layout.name.startswith(("kilter-", "prompts-"))}
     assert names - ELSEWHERE <= set(EXAMPLES)
@@ -340,6 +349,7 @@ OWN_RATING = {"type": "rating", "prompt": [user("Q")], "responses": ["a", "b"], 
         ({"input": "Q", "output_1": "a", "output_2": "b", "label": 3}, "'label' is 3; it must be one of 1, 2"),
         ({"prompt": "Q", "completion": "a", "label": "maybe"}, "must be true or false"),
         ({"messages": [user("Hi")]}, "ends with a user turn; it must end with an answer"),
+        ({"type": "prompt", "prompt": [user("Q")], "truth": "5"}, "'truth' is \"5\"; it must be a mapping"),
         ({"messages": [user("Hi"), {"role": "assistant", "content": None, "tool_calls": [1]}]}, "tool calls"),
         ({"prompt": "Q", "responses": ["a", "b"]}, "needs ranks"),
         ({"question": "Q", "modified_process": ["a"], "error_steps": [2]}, "number of one of 1 steps"),

@@ -105,7 +105,9 @@ def _feedback(record: Record) -> Iterator[Record]:
 
 def _prompt(record: Record) -> Iterator[Record]:
     if isinstance(record, Demonstration):
-        yield Prompt(prompt=record.messages[:-1], source=record.source)
+        # What was shown to be said is the reference that a verifier compares with.
+        truth = {"answer": record.messages[-1].content}
+        yield Prompt(prompt=record.messages[:-1], truth=truth, source=record.source)
     else:
         yield Prompt(prompt=record.prompt, kind=getattr(record, "kind", ""), source=record.source)  # type: ignore[attr-defined]
 

@@ -286,6 +286,8 @@ def check_record(record: Record) -> None:
                 raise BadRow("labels", f"'labels' is {shown(list(record.labels))}; one number in [0, 1] for each step")
         case Prompt():
             _check_prompt(record.prompt)
+            if not isinstance(record.truth, Mapping):
+                raise BadRow("truth", f"'truth' is {shown(record.truth)}; it must be a mapping: {{\"answer\": ...}}")
 
 
 def _are_names(names: object, count: int) -> bool:

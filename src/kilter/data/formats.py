@@ -293,13 +293,19 @@ def _register_prompts() -> None:
     for field in PROMPT_FIELDS:
 
         def convert(row: Row, field: str = field) -> Iterable[Record]:
-            return [Prompt(prompt=prompt(row, field), kind=kind_of(row))]
+            return [Prompt(prompt=prompt(row, field), kind=kind_of(row), truth=_truth(row))]
 
-        convert.__doc__ = f"prompts without answers, in {field!r}"
+        convert.__doc__ = f"prompts without answers, in {field!r}; 'truth' is kept for verifiers"
         layout(f"prompts-{field}", "prompt", field)(convert)
 
 
 _register_prompts()
+
+
+def _truth(row: Row) -> Mapping[str, Any]:
+    """What a verifier needs: the mapping in `truth`, or the one value there as its `answer`."""
+    value = row.get("truth")
+    return value if isinstance(value, Mapping) else {} if value in (None, "") else {"answer": value}
 
 
 def _is_whole(value: Any) -> bool:

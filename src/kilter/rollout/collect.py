@@ -29,7 +29,7 @@ class Rollout:
     @property
     def sample(self) -> Sample:
         """As a scorer sees it."""
-        return Sample(self.prompt.prompt, self.text, self.completion.ids, self.completion.finished)
+        return Sample(self.prompt.prompt, self.text, self.completion.ids, self.completion.finished, self.prompt.truth)
 
 
 def collect(

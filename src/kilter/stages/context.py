@@ -117,7 +117,11 @@ class Context:
 
 def score_truth(scorer: Scorer, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> list[list[float]]:
     """The true reward of each text, [prompt][response]; a text that truth cannot score is an error of ours."""
-    flat = [Sample(prompt.prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
+    flat = [
+        Sample(prompt.prompt, text, truth=prompt.truth)
+        for prompt, row in zip(prompts, texts, strict=True)
+        for text in row
+    ]
     values = []
     for score in scorer.score(flat):
         if score.value is None:
