@@ -180,14 +180,15 @@ class OnlineStage(_WithLoss):
     model: str
     """Policy to start from."""
     reward: str
-    """What scores: an earlier stage, a reward model's folder, or `package.module:function` of a scorer."""
+    """What scores: an earlier stage, a reward model's folder, a rule sheet (`rules.yaml`, see docs/rewards.md), or
+    `package.module:function` of a scorer."""
     combine: Combine | None = None
     """How several heads of the reward model make one number; none: as the reward model says."""
     prompts: Required
     """Prompts to answer."""
     pairs: Possible = NOTHING
     """Held-out pairs on which the reward must prefer the better answer, or training is refused. Default: those that
-    the reward stage kept aside."""
+    the reward stage kept aside; for a rule sheet or a function none, and nothing is checked."""
     rounds: Annotated[int, Field(gt=0)] = 50
     """How many times the policy is sampled."""
     prompts_per_round: Annotated[int, Field(gt=0)] = 64
@@ -220,14 +221,15 @@ class RlStage(Stage):
     model: str
     """Policy to start from; it is also the reference."""
     reward: str
-    """Reward model: an earlier stage, a folder, or `package.module:function` of a scorer."""
+    """What pays: an earlier stage, a reward model's folder, a rule sheet (`rules.yaml`, see docs/rewards.md), or
+    `package.module:function` of a scorer."""
     combine: Combine | None = None
     """How several heads of the reward model make one number; none: as the reward model says."""
     prompts: Required
     """Prompts to answer."""
     pairs: Possible = NOTHING
     """Held-out pairs on which the reward must prefer the better answer, or training is refused. Default: those that
-    the reward stage kept aside."""
+    the reward stage kept aside; for a rule sheet or a function none, and nothing is checked."""
     rollouts: Annotated[int, Field(gt=0)] = 50
     """How many times the policy is sampled."""
     prompts_per_rollout: Annotated[int, Field(gt=0)] = 64
@@ -256,7 +258,8 @@ class BestOfNStage(Stage):
     model: str
     """Model that answers."""
     reward: str
-    """Reward model that chooses."""
+    """What chooses: an earlier stage, a reward model's folder, a rule sheet (`rules.yaml`), or
+    `package.module:function` of a scorer."""
     combine: Combine | None = None
     """How its heads, where it has several, make one number; none: as the reward model says."""
     num_samples: Annotated[int, Field(gt=1)] = 16
@@ -295,7 +298,8 @@ class EvalStage(Stage):
     reference: str
     """The model from which KL and win rate are measured: usually the SFT stage."""
     reward: str | None = None
-    """Reward model for the proxy reward."""
+    """What the proxy reward is: an earlier stage, a reward model's folder, a rule sheet (`rules.yaml`), or
+    `package.module:function` of a scorer."""
     prompts: Required
     """Held-out prompts, with their kinds."""
     truth: Possible = NOTHING

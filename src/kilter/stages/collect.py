@@ -13,6 +13,7 @@ from kilter.records import Prompt, Ranking
 from kilter.rollout.collect import collect
 from kilter.rundir import write_folder, write_json
 from kilter.stages.context import FEEDBACK, RANKINGS, Context, score_truth
+from kilter.stages.scoring import reward_of
 from kilter.stages.training import equip
 from kilter.stats import proportion
 
@@ -89,7 +90,7 @@ def run_best_of_n(context: Context, stage: BestOfNStage) -> dict[str, Any]:
     """Nothing is trained: the result says which model answers and which reward model chooses."""
     about = {
         "model": context.model(stage.model),
-        "reward": context.model(stage.reward),
+        "reward": reward_of(context, stage.reward),
         "num_samples": stage.num_samples,
         "combine": None if stage.combine is None else stage.combine.model_dump(),
     }

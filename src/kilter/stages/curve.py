@@ -16,13 +16,12 @@ from kilter.models.build import load_reward_model, policy_trunk
 from kilter.models.load import load_tokenizer
 from kilter.models.reward_heads import REWARD
 from kilter.models.trunk import Trunk
-from kilter.records import Prompt, Sample
+from kilter.records import Prompt
 from kilter.rollout.best_of_n import best_of_n_curve
 from kilter.rollout.collect import Rollout, collect
 from kilter.rundir import read_jsonl, write_jsonl
-from kilter.stages.context import FUNCTION
 from kilter.stages.evaluate import Evaluation, spread
-from kilter.stages.reinforce import scorer_of
+from kilter.stages.scoring import chooser_of, is_model
 from kilter.stages.snapshots import snapshots_in
 from kilter.stats import Interval
 from kilter.tree import Group, Response, make_batch
@@ -127,8 +126,8 @@ class Points:
             generator=self.evaluation.context.generator(f"curve/{method}"),
             batch_size=self.evaluation.stage.sampling.batch_size,
         )
-        flat = [Sample(one.prompt.prompt, one.text, finished=one.completion.finished) for row in drawn for one in row]
-        chooser = scorer_of(about["reward"])
+        flat = [one.sample for row in drawn for one in row]
+        chooser = chooser_of(about)
         proxy = _rows([score.value for score in chooser.score(flat)], total)
         gold = None if judges.truth is None else _rows([score.value for score in judges.truth.score(flat)], total)
         for point in best_of_n_curve(proxy, gold, ns=counts):
@@ -180,7 +179,7 @@ class Points:
 def _coach(evaluation: Evaluation) -> Callable[[Rollout], list[float]] | None:
     """The reward head read after each token of an answer; None where the reward has none, or reads other tokens."""
     stage = evaluation.stage
-    if stage.reward is None or FUNCTION.fullmatch(stage.reward):
+    if stage.reward is None or not is_model(stage.reward):
         return None
     folder = evaluation.context.model(stage.reward)
     reference = evaluation.context.model(stage.reference)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kilter.config import Combine, EvalStage
+from kilter.config import EvalStage
 from kilter.data.chat import ChatEncoder
 from kilter.errors import CheckError, ModelError
 from kilter.evals import Answer, read_answers, write_answers
@@ -22,7 +22,7 @@ from kilter.rollout.best_of_n import best_of_n, best_of_n_kl
 from kilter.rollout.collect import Rollout, collect, token_log_ratios
 from kilter.stages.collect import sampling_of
 from kilter.stages.context import Context
-from kilter.stages.reinforce import scorer_of
+from kilter.stages.scoring import chooser_of, reward_of, scorer_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Judges:
 
     def judge(self, answers: Sequence[Answer]) -> list[Answer]:
         """The answers with true reward, proxy reward and flags."""
-        samples = [Sample(one.prompt.prompt, one.text, finished=one.finished) for one in answers]
+        samples = [
+            Sample(one.prompt.prompt, one.text, finished=one.finished, truth=one.prompt.truth) for one in answers
+        ]
         proxies = self.proxy.score(samples) if self.proxy else [None] * len(answers)
         truths = self.truth.score(samples) if self.truth else [None] * len(answers)
         made = []
@@ -67,7 +69,7 @@ class Evaluation:
         self.prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
         self.sampling: Sampling = sampling_of(stage.sampling)
         reference = context.model(stage.reference)
-        proxy = None if stage.reward is None else scorer_of(context.model(stage.reward))
+        proxy = None if stage.reward is None else scorer_of(reward_of(context, stage.reward))
         self.judges = Judges(
             policy_trunk(reference).eval(),
             ChatEncoder(load_tokenizer(reference)),
@@ -133,7 +135,7 @@ class Evaluation:
             "policy",
             self.judges.encoder,
             self.prompts,
-            scorer_of(about["reward"], combine=None if about["combine"] is None else Combine(**about["combine"])),
+            chooser_of(about),
             n=about["num_samples"],
             sampling=self.sampling,
             generator=self.context.generator(f"samples/{name}"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kilter.config import Recipe, stage_inputs
 from kilter.scorers.load import load_function
+from kilter.scorers.sheet import is_sheet, load_rules
 from kilter.stages.context import FUNCTION
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
@@ -19,7 +20,11 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     """
     found = {}
     for stage in recipe.stages.values():
-        for _, value in stage_inputs(stage):
+        inputs = stage_inputs(stage)
+        values = [value for _, value in inputs]
+        for place, value in inputs:
+            values += load_rules(value).models if place == "reward" and is_sheet(value) else ()
+        for value in values:
             if value in recipe.stages or value in found:
                 continue
             named = load_function(value) if FUNCTION.fullmatch(value) else value

@@ -21,8 +21,9 @@ from kilter.stages.collect import sampling_of
 from kilter.stages.context import Context
 from kilter.stages.heaviest import write_heaviest
 from kilter.stages.probe import run_probe
-from kilter.stages.reinforce import check_reward, prompt_groups, reward_of, scorer_of
+from kilter.stages.reinforce import check_reward, prompt_groups
 from kilter.stages.rewards import reward_objective
+from kilter.stages.scoring import reward_of, scorer_of
 from kilter.stages.snapshots import Snapshots, snapshot_places
 from kilter.stages.supervised import Figures, evaluation, held_out_figures
 from kilter.stages.training import (
@@ -150,7 +151,7 @@ def run_online(context: Context, stage: OnlineStage) -> Figures:
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
     scorer = scorer_of(reward_of(context, stage.reward), combine=stage.combine, dtype=compute_dtype(stage.precision))
     trunk, sync = _trunk(context, stage, objective, equipment)
-    accuracy = check_reward(context, stage, scorer)
+    accuracy = check_reward(context, stage, scorer, prompts)
     gap = check_trunk(context, trunk, "policy", prompt_groups(equipment, prompts), stage.precision)
     source = PairSource(
         trunk,

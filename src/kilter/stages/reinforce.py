@@ -10,42 +10,24 @@ import torch
 from torch import Tensor
 
 from kilter import data
-from kilter.config import Combine, OnlineStage, RlStage
+from kilter.config import OnlineStage, RlStage
 from kilter.models.build import ppo_trunk
 from kilter.models.save import save_causal_lm
-from kilter.records import PreferencePair, Prompt, Scorer
+from kilter.records import PreferencePair, Prompt, Scorer, prompt_id
 from kilter.rollout.collect import Rollout
 from kilter.rollout.ppo import PPOSource
 from kilter.rollout.reward import paid_rewards
 from kilter.rollout.source import Verdict
 from kilter.scorers.check import check_scorer
-from kilter.scorers.load import load_scorer
-from kilter.scorers.reward_model import load_reward_scorer
 from kilter.stages.collect import sampling_of
-from kilter.stages.context import FUNCTION, Context
+from kilter.stages.context import Context
 from kilter.stages.rewards import HELD_OUT
+from kilter.stages.scoring import is_model, reward_of, scorer_of
 from kilter.stages.snapshots import Snapshots, snapshot_places
 from kilter.stages.training import Equipment, check_trunk, compute_dtype, equip, lora_of, train
 from kilter.train.checks import check_signs, require
 from kilter.train.objectives import ppo
 from kilter.tree import Group, Response
-
-
-def scorer_of(folder: str, *, combine: Combine | None = None, dtype: torch.dtype | None = None) -> Scorer:
-    """A reward model folder, or a function `package.module:name`, as a scorer.
-
-    Args:
-        combine: how several heads make one number; None: as the reward model says.
-    """
-    if FUNCTION.fullmatch(folder):
-        return load_scorer(folder)
-    said = None if combine is None else combine.model_dump()
-    return load_reward_scorer(folder, combine=said, compute_dtype=dtype)
-
-
-def reward_of(context: Context, value: str) -> str:
-    """What `scorer_of` takes, for a stage's name, a folder or a function."""
-    return value if FUNCTION.fullmatch(value) else context.model(value)
 
 
 def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
@@ -56,7 +38,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     dtype = compute_dtype(stage.precision)
     scorer = scorer_of(reward, combine=stage.combine, dtype=dtype)
     numbers = stage.ppo
-    value_from = reward if numbers.value_from_reward and not FUNCTION.fullmatch(reward) else None
+    value_from = reward if numbers.value_from_reward and is_model(reward) else None
     trunk = ppo_trunk(
         equipment.folder,
         value_from,
@@ -67,7 +49,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     objective = ppo(clip_range=numbers.clip_range, clip_range_value=numbers.clip_range_value, vf_coef=numbers.vf_coef)
     trunk.train_only(*objective.roles)
     require(*check_signs(partial(paid_rewards, kl_coef=numbers.kl_coef), kl_penalty=numbers.kl_coef > 0))
-    accuracy = check_reward(context, stage, scorer)
+    accuracy = check_reward(context, stage, scorer, prompts)
     gap = check_trunk(context, trunk, "policy", prompt_groups(equipment, prompts), stage.precision)
     last_good = None
     if stage.stop_below:
@@ -124,8 +106,13 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     }
 
 
-def check_reward(context: Context, stage: RlStage | OnlineStage, scorer: Scorer) -> dict[str, Any] | None:
-    """The reward prefers the better of held-out pairs, or the run is refused; None: there were no pairs to ask."""
+def check_reward(
+    context: Context, stage: RlStage | OnlineStage, scorer: Scorer, prompts: Sequence[Prompt]
+) -> dict[str, Any] | None:
+    """The reward prefers the better of held-out pairs, or the run is refused; None: there were no pairs to ask.
+
+    Pairs carry no truth: a verifier is told that of the stage's own prompts, where a pair answers one of them.
+    """
     pairs: list[PreferencePair] = []
     if stage.pairs.path:
         pairs = context.records("pairs", stage.pairs, "pair")
@@ -135,7 +122,9 @@ def check_reward(context: Context, stage: RlStage | OnlineStage, scorer: Scorer)
     if not pairs:
         context.watch.say("  no held-out pairs: whether the reward prefers better answers was not checked")
         return None
-    found = check_scorer(scorer, pairs)
+    found = check_scorer(
+        scorer, pairs, truths={prompt_id(prompt.prompt): prompt.truth for prompt in prompts if prompt.truth}
+    )
     if not found.sure:
         context.watch.say(f"  {found}: this may be chance; what it teaches may be worth nothing")
     return found.accuracy.to_dict()

@@ -24,6 +24,7 @@ from kilter.stages.prefer import check_losses, run_online, run_prefer
 from kilter.stages.progress import Watch
 from kilter.stages.reinforce import run_rl
 from kilter.stages.rewards import run_reward
+from kilter.stages.scoring import check_rewards
 from kilter.stages.summary import evaluate, write_summary
 from kilter.stages.supervised import run_sft
 from kilter.stages.workers import side_by_side
@@ -84,6 +85,7 @@ def run_recipe(recipe: Recipe, out: Path, *, watch: Watch | None = None) -> RunD
         KilterError: bad input, before anything is trained; a failed check.
     """
     check_losses(recipe)
+    check_rewards(recipe)
     prepare(recipe)
     environment = {
         "seed": recipe.seed,

@@ -1,0 +1,66 @@
+"""What a recipe's `reward:` names: an earlier stage, a reward model, a function, or a rule sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kilter.config import Combine, Recipe
+from kilter.errors import ConfigError, KilterError
+from kilter.records import Scorer
+from kilter.scorers.load import load_function, load_scorer
+from kilter.scorers.reward_model import load_reward_scorer
+from kilter.scorers.sheet import is_sheet, load_rules
+from kilter.stages.context import FUNCTION, Context
+
+
+def is_model(value: str) -> bool:
+    """Whether it names a reward model, and no function or rule sheet."""
+    return not (FUNCTION.fullmatch(value) or is_sheet(value))
+
+
+def reward_of(context: Context, value: str) -> str:
+    """What `scorer_of` takes, for any `reward:`."""
+    if FUNCTION.fullmatch(value) and isinstance(folder := load_function(value), str | Path):
+        return str(folder)
+    return context.model(value) if is_model(value) else value
+
+
+def scorer_of(value: str, *, combine: Combine | None = None, dtype: torch.dtype | None = None) -> Scorer:
+    """A reward model's folder, a function `package.module:name` or a rule sheet as a scorer.
+
+    Args:
+        combine: how several heads of a reward model make one number; None: as the reward model says.
+    """
+    if FUNCTION.fullmatch(value):
+        return load_scorer(value)
+    if is_sheet(value):
+        return load_rules(value, dtype=dtype)
+    said = None if combine is None else combine.model_dump()
+    return load_reward_scorer(value, combine=said, compute_dtype=dtype)
+
+
+def chooser_of(about: Mapping[str, Any]) -> Scorer:
+    """What chooses in a best-of-n, from its file `best_of_n.json`."""
+    combine = about["combine"]
+    return scorer_of(about["reward"], combine=None if combine is None else Combine(**combine))
+
+
+def check_rewards(recipe: Recipe) -> None:
+    """Refuses a recipe whose rule sheets are wrong, or that combines what has no heads, before any work.
+
+    Raises:
+        ConfigError, ModelError: see `load_rules`; with the stage.
+    """
+    for name, stage in recipe.stages.items():
+        value = getattr(stage, "reward", None)
+        if getattr(stage, "combine", None) is not None and isinstance(value, str) and not is_model(value):
+            raise ConfigError(f"stages.{name}.combine is for the heads of a reward model, and {value} is none; drop it")
+        if isinstance(value, str) and is_sheet(value):
+            try:
+                load_rules(value)
+            except KilterError as err:
+                raise type(err)(f"stages.{name}.reward: {err}") from err
