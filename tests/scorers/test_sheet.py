@@ -108,7 +108,7 @@ def test_a_reward_model_is_mixed_in_by_weight(monkeypatch: pytest.MonkeyPatch) -
         def score(self, samples: Sequence[Sample]) -> list[Score]:
             return [Score(2.0 * len(sample.text)) for sample in samples]
 
-    def loads(folder: str, *, dtype: Any) -> Two:
+    def loads(folder: str, *, compute_dtype: Any) -> Two:
         asked.append(folder)
         return Two()
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import small
+import torch
+from safetensors.torch import load_file
 
 import kilter
 from kilter import data, world
 from kilter.errors import ConfigError, DataError
+from kilter.models.load import load_model, with_random_weights
 from kilter.models.reward_heads import heads_of
 from kilter.records import Judgement, Prompt, Rating, Sample
 from kilter.rundir import read_jsonl
@@ -135,6 +138,22 @@ def test_ratings_are_regressed_on(tmp_path: Path, asked: list[Prompt]) -> None:
         run(tmp_path / "pairs", reward=stage(_pairs(tmp_path, asked), loss={"name": "regression"}))
 
 
+def test_a_reward_model_may_start_from_nothing(tmp_path: Path, judgements: Path) -> None:
+    before = torch.random.get_rng_state()
+    models = [with_random_weights(load_model(BASE), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    first, same, other, trained = (
+        torch.cat([parameter.flatten() for parameter in model.parameters()]) for model in (*models, load_model(BASE))
+    )
+    assert torch.equal(first, same) and not torch.equal(first, other) and not torch.equal(first, trained)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    out = run(tmp_path / "run", model=stage(judgements, held_out=0.0), random=stage(judgements, start="random"))
+    weights = [load_file(result(out, name) / "model.safetensors") for name in ("model", "random")]
+    base = load_file(Path(BASE) / "model.safetensors")
+    name = next(name for name in weights[0] if name.endswith("mlp.up_proj.weight"))
+    near, far = (float((held[name] - base[name].float()).norm()) for held in weights)
+    assert near < 0.2 * float(base[name].float().norm()) < far
+
+
 def _pairs(folder: Path, asked: list[Prompt]) -> Path:
     judged = [Judgement(prompt=one.prompt, responses=("a", "b"), ranks=(0, 1), annotator="w") for one in asked]
     data.write(folder / "pairs.jsonl", judged)
@@ -148,6 +167,7 @@ def _pairs(folder: Path, asked: list[Prompt]) -> Path:
         ({"loss": {"name": "davidson", "nu": 0}}, "loss.nu is 0.0; 'davidson' takes a number > 0"),
         ({"heads": {"kind": "length"}, "loss": {"name": "regression"}}, "lengths are taken apart in comparisons alone"),
         ({"heads": {"kind": "ensemble", "own_adapters": True}}, "need a lora.rank above 0"),
+        ({"start": "random", "lora": {"rank": 2}}, "start is random and lora.rank 2"),
         ({"heads": {"kind": "one", "combine": {"weights": {"a": 1}}}}, "weights are by group, and heads.kind is one"),
         ({"heads": {"kind": "groups", "combine": {"weights": {"a": -1}}}}, "weights.a is -1; a weight is a number"),
     ],

@@ -151,6 +151,12 @@ def test_length_is_pulled_out_of_the_reward_by_the_gradient_of_the_correlations(
     assert pairs.item() == pytest.approx(alone.item(), abs=1e-12)
 
 
+def test_defaults_and_who_trains() -> None:
+    plain = RewardModel("bradley_terry", {}, 0.01, ("reward",), "all", 0.0)
+    assert reward_model() == plain == RewardModel()
+    assert plain.roles == ("reward",) and reward_model(length_coef=1.0).roles == ("reward", "length")
+
+
 def test_what_a_user_gets_wrong_is_named() -> None:
     with pytest.raises(ConfigError, match=r"loss.name is 'dpo'; choose one of bradley_terry"):
         reward_model("dpo")

@@ -88,6 +88,8 @@ class RewardStage(Stage):
     stage: Literal["reward"] = "reward"
     model: str
     """Model to start from; its head is new."""
+    start: Literal["model", "random"] = "model"
+    """From the model's weights, or from random ones of its shape: what a language model under a reward is worth."""
     data: Required
     """Preference pairs, rankings, or an earlier `collect` stage; ratings for `regression`."""
     loss: RewardLossConfig = RewardLossConfig()
@@ -108,6 +110,10 @@ class RewardStage(Stage):
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         heads = self.heads
+        if self.start == "random" and self.lora.rank:
+            raise ValueError(
+                f"start is random and lora.rank {self.lora.rank}; an adapter on random weights learns little"
+            )
         if heads.own_adapters and (heads.kind not in ("ensemble", "groups") or not self.lora.rank):
             raise ValueError(
                 f"heads.own_adapters with heads.kind {heads.kind} and lora.rank {self.lora.rank}; adapters of their "

@@ -129,7 +129,7 @@ def regression(
     gap = rewards - value
     if level == "prompt" and len(group):
         size = int(group.max()) + 1
-        gap = gap - (sum_by(gap, group, size) / sum_by(torch.ones_like(gap), group, size).clamp(min=1))[group]
+        gap = gap - (sum_by(gap, group, size) / sum_by(torch.ones_like(gap), group, size))[group]
     return gap.square() / (2 * (noise**2 + error.square()))
 
 

@@ -45,6 +45,20 @@ def load_model(
     return _load(transformers.AutoModelForCausalLM, path, dtype=dtype, attention=attention, revision=revision)
 
 
+def with_random_weights(model: Any, generator: torch.Generator) -> Any:
+    """The same model with weights as its family draws them before any training, in place.
+
+    Args:
+        generator: gives the seed; the global random state is left as it was.
+    """
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = type(model)._from_config(model.config, dtype=model.dtype)
+    model.load_state_dict(fresh.state_dict())
+    return model
+
+
 def load_classifier(path: str | Path, *, dtype: str = "float32", attention: str | None = None) -> Any:
     """An `AutoModelForSequenceClassification`, otherwise as `load_model`."""
     return _load(transformers.AutoModelForSequenceClassification, path, dtype=dtype, attention=attention, revision=None)

@@ -14,6 +14,7 @@ from kilter.data.convert import pairs_of
 from kilter.errors import ConfigError, DataError
 from kilter.losses import REWARD_LOSSES
 from kilter.models.build import reward_trunk
+from kilter.models.load import load_model, with_random_weights
 from kilter.models.reward_heads import REWARD, RewardHeads
 from kilter.models.save import save_reward_model
 from kilter.records import Ranking, Rating, Sample, Scorer
@@ -75,8 +76,11 @@ def run_reward(context: Context, stage: RewardStage) -> Figures:
     heads = RewardHeads(labels)
     Combination.of(stage.heads.combine.model_dump(), labels, ())  # names a head that there is not: before any work
     read = _marked(context, stage, read, labels)
+    model: Any = equipment.folder
+    if stage.start == "random":
+        model = with_random_weights(load_model(model), context.generator("start"))
     trunk = reward_trunk(
-        equipment.folder,
+        model,
         generator=context.generator("head"),
         lora=lora_of(stage.lora),
         heads=(*heads.roles, LENGTH) if stage.heads.kind == "length" else heads.roles,

@@ -186,7 +186,7 @@ def _lengths(batch: Batch) -> Tensor:
 def _within(values: Tensor, group: Tensor) -> Tensor:
     """Values less their mean over the responses of the same prompt."""
     size = int(group.max()) + 1 if len(group) else 0
-    means = sum_by(values, group, size) / sum_by(torch.ones_like(values), group, size).clamp(min=1)
+    means = sum_by(values, group, size) / sum_by(torch.ones_like(values), group, size)
     return values - means[group]
 
 
