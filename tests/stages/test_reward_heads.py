@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from kilter import data, world
 from kilter.errors import ConfigError, DataError
 from kilter.models.load import load_model, with_random_weights
 from kilter.models.reward_heads import heads_of
-from kilter.records import Judgement, Prompt, Rating, Sample
+from kilter.records import Judgement, Prompt, Rating, Sample, Score
 from kilter.rundir import read_jsonl
 from kilter.scorers import load_reward_scorer
+from kilter.stages.collect import least_sure
 
 BASE = str(world.MODEL_PATH)
 GROUPS = ("farmer", "fisher", "trader")
@@ -121,6 +123,37 @@ def test_who_is_paid_by_several_heads_may_say_how_they_are_combined(tmp_path: Pa
     mean, careful = (read_jsonl(result(out, name).parent / "metrics.jsonl")[-1] for name in ("mean", "careful"))
     # The same policy and, by name, other draws: what is taken away is the variance, which is above 0.
     assert careful["rollout/score"] < mean["rollout/score"]
+    assert mean["rollout/spread"] > 0 and careful["rollout/spread"] > 0
+
+
+class Heads:
+    """Two heads that part on some answers."""
+
+    name = "two heads"
+
+    def score(self, samples: Sequence[Sample]) -> list[Score]:
+        said = {"a": (1.0, 1.0), "b": (2.0, 2.0), "c": (5.0, 9.0), "d": (6.0, 10.0), "e": (0.0, 1.0), "f": (1.0, 0.0)}
+        return [Score(0.0, dict(zip("xy", said[sample.text], strict=True))) for sample in samples]
+
+
+def test_what_to_label_next_is_what_heads_order_otherwise_whatever_their_levels(asked: list[Prompt]) -> None:
+    rows = [["a", "b"], ["c", "d"], ["e", "f"], ["a", "b", "e", "f"], ["a"], []]
+    # [e, f]: heads less their means are -+1/2 and +-1/2; in the row of four they are diluted
+    assert least_sure(Heads(), asked[:6], rows) == [2, 3, 0, 1, 4, 5]
+
+
+def test_an_ensemble_chooses_what_to_label(tmp_path: Path, judgements: Path) -> None:
+    prompts = {"path": "kilter.world:prompts", "options": {"split": "train", "per_kind": 2}}
+    ask = {"stage": "collect", "model": BASE, "prompts": prompts, "annotator": "kilter.world:panel"}
+    ask |= {"num_samples": 2, "sampling": {"max_new_tokens": 12}}
+    one = stage(judgements, heads={"kind": "ensemble", "members": 2})
+    out = run(tmp_path / "run", reward=one, next={**ask, "reward": "reward", "label": 5}, all=ask)
+    assert done(out, "next")["prompts"] == 22 and done(out, "next")["chosen"] == 5
+    assert done(out, "next")["ranked"] <= 5 < done(out, "all")["ranked"]
+    with pytest.raises(ConfigError, match="has one head and cannot say of what it is not sure"):
+        run(tmp_path / "one", reward=stage(judgements), next={**ask, "reward": "reward", "label": 5})
+    with pytest.raises(ConfigError, match="label is 5 and reward ''; give both, or neither"):
+        run(tmp_path / "none", next={**ask, "label": 5})
 
 
 def test_ratings_are_regressed_on(tmp_path: Path, asked: list[Prompt]) -> None:

@@ -71,12 +71,18 @@ class CollectStage(Stage):
     """What of: to rank a prompt's responses, or for a thumb up or down for each by itself."""
     num_samples: Annotated[int, Field(gt=0)] = 4
     """Responses a prompt; at least two are needed for a ranking."""
+    label: Annotated[int, Field(ge=0)] = 0
+    """Ask about so many of the prompts: those on whose answers the heads of `reward` disagree most; 0: about all."""
+    reward: str = ""
+    """A reward model of several heads (an ensemble) that chooses what to label: an earlier stage or a folder."""
     sampling: SamplingConfig = SamplingConfig()
     truth: Possible = NOTHING
     """Scorer of the true reward, used only to state how often the labels order pairs as truth does."""
 
     @model_validator(mode="after")
     def _enough_to_rank(self) -> Self:
+        if bool(self.label) != bool(self.reward):
+            raise ValueError(f"label is {self.label} and reward {self.reward!r}; give both, or neither")
         if self.ask == "ranking" and self.num_samples < 2:
             raise ValueError(f"num_samples is {self.num_samples}; a ranking takes at least 2 responses to a prompt")
         return self

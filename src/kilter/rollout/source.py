@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Required, TypedDict
 
 import torch
@@ -143,12 +144,15 @@ class RolloutSource(ABC):
             self.stopped = verdict.stop
             if verdict.again:
                 answers = self._sample(drawn)
-        scores = [[score.value for score in group] for group in score_rollouts(self._scorer, answers)]
+        scores = score_rollouts(self._scorer, answers)
         kept = [
-            [(rollout, score) for rollout, score in zip(*group, strict=True) if score is not None]
+            [(rollout, score.value) for rollout, score in zip(*group, strict=True) if score.value is not None]
             for group in zip(answers, scores, strict=True)
         ]
         self._learn([group for group in kept if group])
+        spreads = [score.spread for group in scores for score in group if score.spread is not None]
+        if spreads:  # of several heads: where they part, the reward is not known
+            self.figures["rollout/spread"] = fmean(spreads)
         self.num_rollouts += 1
 
     def _sample(self, drawn: Sequence[tuple[Prompt, tuple[int, ...]]]) -> list[list[Rollout]]:

@@ -25,7 +25,8 @@ class Combination:
 
     The first three are the objectives of Coste et al. 2023, arXiv 2310.02743, section 3. `vote` is the chance, under
     Bradley-Terry, that a head's people prefer the response to a usual one, whose reward is u_k: no group is louder for
-    having larger numbers.
+    having larger numbers. Comparisons leave each head's level free: `centering` in training fixes it, without which
+    minimum and variance would tell levels and not doubts.
     """
 
     how: How = "mean"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from kilter import data
 from kilter.config import BestOfNStage, CollectStage, SamplingConfig
 from kilter.data.convert import ranking_of
+from kilter.errors import ConfigError
 from kilter.models.build import policy_trunk
 from kilter.models.generation import Sampling
-from kilter.records import Prompt, Ranking
+from kilter.records import Prompt, Ranking, Sample, Scorer
 from kilter.rollout.collect import collect
 from kilter.rundir import write_folder, write_json
 from kilter.stages.context import FEEDBACK, RANKINGS, Context, score_truth
-from kilter.stages.scoring import reward_of
+from kilter.stages.scoring import reward_of, scorer_of
 from kilter.stages.training import equip
 from kilter.stats import proportion
 
@@ -53,6 +57,11 @@ def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
     # An empty answer cannot be judged by anybody, and one prompt's equal answers say nothing about each other.
     unique = [list(dict.fromkeys(text for text in row if text.strip())) for row in texts]
     found: dict[str, Any] = {"prompts": len(prompts), "sampled_tokens": tokens}
+    if stage.label:
+        scorer = scorer_of(reward_of(context, stage.reward))
+        chosen = least_sure(scorer, prompts, unique)[: stage.label]
+        prompts, unique = [prompts[at] for at in chosen], [unique[at] for at in chosen]
+        found["chosen"] = len(chosen)
     if stage.ask == "thumbs":
         feedback = annotator.thumbs(prompts, unique)
         with write_folder(context.folder.result) as folder:
@@ -73,6 +82,29 @@ def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
         true = score_truth(context.call("truth", stage.truth), asked, judged)
         found["label_accuracy"] = _label_accuracy(rankings, true)
     return found
+
+
+def least_sure(scorer: Scorer, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> list[int]:
+    """Places of the prompts on whose answers the heads of a reward model disagree most, those first.
+
+    Disagreement is the mean over a prompt's answers of the standard deviation over heads, each head's numbers less
+    their mean over these answers: comparisons leave the level free, so heads that differ in it agree.
+
+    Raises:
+        ConfigError: the scorer has one head, which disagrees with nobody.
+    """
+    samples = [Sample(prompt.prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
+    scores = iter(scorer.score(samples))
+    found = []
+    for row in texts:
+        heads = [list(score.parts.values()) for score in [next(scores) for _ in row] if score.value is not None]
+        if any(len(said) < 2 for said in heads):
+            raise ConfigError(
+                f"{scorer.name} has one head and cannot say of what it is not sure; train it with heads.kind ensemble"
+            )
+        table = np.array(heads)  # float[answers, K]
+        found.append(float((table - table.mean(0)).std(1, ddof=1).mean()) if len(table) > 1 else 0.0)
+    return sorted(range(len(found)), key=lambda at: -found[at])
 
 
 def _label_accuracy(rankings: list[Ranking], true: list[list[float]]) -> dict[str, Any]:
