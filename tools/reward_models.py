@@ -1,7 +1,9 @@
-"""What heads are worth: ensembles under label noise, a head for each group of people, a head apart from length.
+"""What heads are worth: ensembles under label noise, a head for each group of people, a head apart from length; and
+what the model is worth that a reward model starts from.
 
     python tools/reward_models.py --out runs/rewards                 measure what is not measured yet; resumable
     python tools/reward_models.py --out runs/rewards --seeds 0 1     some seeds
+    python tools/reward_models.py --out runs/rewards --table         print the tables of what is there
 
 Each seed has its own SFT model, prompts and annotators. All reward models of a seed learn from the same judgements and
 choose among the same answers.
@@ -11,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -28,7 +32,7 @@ from kilter.rollout.best_of_n import best_of_n_curve
 from kilter.rollout.collect import collect
 from kilter.rundir import write_json
 from kilter.scorers import load_reward_scorer
-from kilter.stats import mean_interval
+from kilter.stats import mean_interval, paired_difference
 
 NOISE = 0.25
 DRAWN, BEST_OF = 24, 12
@@ -97,24 +101,29 @@ def ensembles(out: Path, seed: int, per_kind: int) -> dict[str, Any]:
             assert point.gold is not None
             found[f"{name} {how['how']}"] = point.gold.to_dict()
         figures = json.loads((done.stage(list(stages).index(name) + 1, name).path / "done.json").read_text())
-        found[f"{name} accuracy"] = figures.get("accuracy", figures)
+        found[f"{name} accuracy"] = figures["accuracy"]
     found["mean of answers"] = mean_interval(np.array(true).ravel()).to_dict()
     return found
 
 
+GROUP_BIAS = 2.0
+
+
 def groups(out: Path, seed: int, per_kind: int) -> dict[str, Any]:
-    """Accuracy for each group's people, careful ones, on prompts that are theirs to decide."""
+    """Accuracy for careful people of each group on prompts about which they disagree: one head for all, or one each."""
+    society = {"path": "kilter.world:society", "options": {"group_bias": GROUP_BIAS}}
+    asked = {"path": "kilter.world:prompts", "options": {"split": "train", "per_kind": 700, "kinds": ["opinion"]}}
     stages: dict[str, Any] = {name: DEMO[name] for name in ("sft", "preferences")}
-    stages["preferences"] = DEMO["preferences"] | {"annotator": "kilter.world:society"}
+    stages["preferences"] = DEMO["preferences"] | {"annotator": society, "prompts": asked}
     stages["preferences"].pop("truth")
-    stages |= {"one": reward(epochs=1), "groups": reward(epochs=1, heads={"kind": "groups"})}
+    stages |= {"one": reward(), "groups": reward(heads={"kind": "groups"})}
     for name in ("one", "groups"):
         stages[name].pop("truth")
     done = run(out, "groups", seed, stages)
     places = {name: str(done.stage(at, name).result.resolve()) for at, name in enumerate(stages, 1)}
     prompts, texts = answers(places["sft"], seed, 4 * per_kind, kinds=("opinion",))
     unique = [list(dict.fromkeys(row)) for row in texts]
-    judged = world.society(noise=0.0, tie_rate=0.0, side_bias=0.0).rank(prompts, unique)
+    judged = world.society(noise=0.0, tie_rate=0.0, side_bias=0.0, group_bias=GROUP_BIAS).rank(prompts, unique)
     found: dict[str, Any] = {}
     for name in ("one", "groups"):
         scorer = load_reward_scorer(places[name])
@@ -132,7 +141,6 @@ LENGTH_BIAS = 0.05
 LENGTHS = {
     "one": {},
     "length": {"heads": {"kind": "length"}},
-    "length 3": {"heads": {"kind": "length", "length_coef": 3.0}},
 }
 
 
@@ -151,7 +159,7 @@ def lengths(out: Path, seed: int, per_kind: int) -> dict[str, Any]:
     size = np.array([len(encoder.response(one.messages, one.text)) for one in samples], dtype=float)
     judges = {"truth": world.true_reward()} | {name: load_reward_scorer(places[at]) for name, at in names.items()}
     values = {name: np.array(_rows(judge.score(samples))) for name, judge in judges.items()}
-    found = {}
+    found: dict[str, Any] = {}
     for name, rows in values.items():
         within = [table - table.mean(1, keepdims=True) for table in (rows, size.reshape(rows.shape))]
         found[name] = {
@@ -161,6 +169,11 @@ def lengths(out: Path, seed: int, per_kind: int) -> dict[str, Any]:
                 np.mean([hit for row, true in zip(rows, values["truth"], strict=True) for hit in _right(row, true)])
             ),
         }
+    for name, place in names.items():
+        figures = json.loads((done.stage(list(stages).index(place) + 1, place).path / "done.json").read_text())
+        found[name]["held out"] = figures["held_out/rewards/length_correlation"]
+        found[name]["held out accuracy"] = figures["accuracy"]["mean"]
+        found[name]["held out on labels"] = figures["accuracy_on_labels"]["mean"]
     return found
 
 
@@ -181,7 +194,77 @@ def _rows(scores: Any) -> list[list[float]]:
     return [filled[at : at + DRAWN] for at in range(0, len(filled), DRAWN)]
 
 
-MEASURES = {"ensembles": ensembles, "groups": groups, "lengths": lengths}
+STARTS: dict[str, dict[str, Any]] = {
+    "SFT": {},
+    "base": {"model": "kilter.world:MODEL_PATH"},
+    "random": {"start": "random"},
+}
+
+
+def starts(out: Path, seed: int, per_kind: int) -> dict[str, Any]:
+    """How often reward models of the same data order two answers as the truth does, by what they started from."""
+    stages: dict[str, Any] = {name: DEMO[name] for name in ("sft", "preferences")}
+    stages |= {f"from_{name.lower()}": reward(**more) for name, more in STARTS.items()}
+    done = run(out, "starts", seed, stages)
+    prompts, texts = answers(str(done.stage(1, "sft").result), seed, per_kind)
+    samples = [Sample(prompt.prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
+    true = _rows(world.true_reward().score(samples))
+    found = {}
+    for at, name in enumerate(STARTS, 3):
+        scores = _rows(load_reward_scorer(done.stage(at, f"from_{name.lower()}").result).score(samples))
+        hits = [fmean(_right(*pair)) for pair in zip(scores, true, strict=True) if len(set(pair[1])) > 1]
+        found[name] = mean_interval(hits).to_dict()
+    return found
+
+
+MEASURES = {"ensembles": ensembles, "groups": groups, "lengths": lengths, "starts": starts}
+
+
+def tables(out: Path) -> str:
+    """Markdown: each figure as its mean over seeds with a 95% t interval, and the differences seed by seed."""
+    held: dict[str, list[dict[str, Any]]] = {
+        name: [json.loads(file.read_text()) for file in sorted(out.glob(f"seed-*/{name}.json"))] for name in MEASURES
+    }
+    lines = [
+        f"| chooses the best of {BEST_OF} | true reward | over one model | over one adapter |",
+        "|---|---|---|---|",
+    ]
+    for name in [key for key in held["ensembles"][0] if not key.endswith("accuracy")]:
+        rows = [[found[key]["mean"] for found in held["ensembles"]] for key in (name, "one mean", "adapter mean")]
+        over = " | ".join("" if rows[0] == other else _signed(rows[0], other) for other in rows[1:])
+        lines.append(f"| {name} | {_figure(rows[0])} | {over} |")
+    lines += ["", "| groups | worst group's accuracy |", "|---|---|"]
+    one, own = ([found[f"{name} worst"] for found in held["groups"]] for name in ("one", "groups"))
+    lines += [
+        f"| one head | {_figure(one)} |",
+        f"| a head each | {_figure(own)} |",
+        f"| difference | {_signed(own, one)} |",
+    ]
+    lines += [
+        "",
+        "| length | correlation, held out | accuracy, held out | on the annotators' labels |",
+        "|---|---|---|---|",
+    ]
+    for name in LENGTHS:
+        columns = [[found[name][key] for found in held["lengths"]] for key in LENGTH_COLUMNS]
+        lines.append(f"| {name} | {' | '.join(map(_figure, columns))} |")
+    lines += ["", "| start | accuracy |", "|---|---|"]
+    for name in STARTS:
+        lines.append(f"| {name} | {_figure([found[name]['mean'] for found in held['starts']])} |")
+    return "\n".join(lines)
+
+
+LENGTH_COLUMNS = ("held out", "held out accuracy", "held out on labels")
+
+
+def _figure(values: Sequence[float]) -> str:
+    found = mean_interval(values)
+    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def _signed(values: Sequence[float], others: Sequence[float]) -> str:
+    found = paired_difference(values, others)
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def main() -> None:
@@ -190,7 +273,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--measure", nargs="+", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--per-kind", type=int, default=40)
+    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
+    if options.table:
+        print(tables(options.out))
+        return
     torch.set_num_threads(1)
     for seed in options.seeds:
         for name in options.measure:

@@ -201,6 +201,8 @@ def _pairs(folder: Path, asked: list[Prompt]) -> Path:
         ({"heads": {"kind": "length"}, "loss": {"name": "regression"}}, "lengths are taken apart in comparisons alone"),
         ({"heads": {"kind": "ensemble", "own_adapters": True}}, "need a lora.rank above 0"),
         ({"start": "random", "lora": {"rank": 2}}, "start is random and lora.rank 2"),
+        ({"heads": {"kind": "groups", "combine": {"how": "min", "weights": {"a": 2}}}}, "how is min; leave them out"),
+        ({"loss": {"name": "davidson", "weight": 0.5}}, "weight is 0.5, and a reward model has one loss"),
         ({"heads": {"kind": "one", "combine": {"weights": {"a": 1}}}}, "weights are by group, and heads.kind is one"),
         ({"heads": {"kind": "groups", "combine": {"weights": {"a": -1}}}}, "weights.a is -1; a weight is a number"),
     ],

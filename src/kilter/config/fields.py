@@ -193,6 +193,12 @@ class RewardLossConfig(LossConfig):
     name: str = "bradley_terry"
     """Name of a loss over rewards; `kilter losses` lists them."""
 
+    @model_validator(mode="after")
+    def _stands_alone(self) -> Self:
+        if self.weight != 1:
+            raise ValueError(f"weight is {self.weight:g}, and a reward model has one loss; leave it out")
+        return self
+
 
 class Combine(Model):
     """How the numbers of several heads make one reward."""
@@ -209,6 +215,8 @@ class Combine(Model):
     def _weights_weigh(self) -> Self:
         if bad := [name for name, weight in self.weights.items() if not 0 <= weight < math.inf]:
             raise ValueError(f"weights.{bad[0]} is {self.weights[bad[0]]:g}; a weight is a number, 0 or more")
+        if self.weights and self.how not in ("mean", "vote"):
+            raise ValueError(f"weights are for how mean and vote, and how is {self.how}; leave them out")
         return self
 
 
