@@ -50,16 +50,17 @@ def tiny_llama(seed: int = 0, *, scale: float = 10.0, vocab: int = VOCAB, hidden
 
 
 def full_trunk(seed: int = 0) -> Trunk:
-    """Policy, a reference that differs from it, and value and reward heads on models of their own."""
+    """Policy, a reference that differs from it, and a critic with heads for value, reward and length."""
     models = {name: tiny_llama(seed + number) for number, name in enumerate(("policy", "reference", "critic"))}
     models["reference"].requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    heads = {name: ScalarHead(16, std=0.3, generator=generator) for name in ("value", "reward")}
+    heads = {name: ScalarHead(16, std=0.3, generator=generator) for name in ("value", "reward", "length")}
     roles = {
         "policy": Role("policy"),
         "reference": Role("reference"),
         "value": Role("critic", head="value"),
         "reward": Role("critic", head="reward"),
+        "length": Role("critic", head="length"),
     }
     return Trunk(models, roles, heads)
 

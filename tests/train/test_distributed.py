@@ -43,6 +43,10 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     **{name: functools.partial(preferences.preference, name) for name in preference_losses()},
     "mixture": functools.partial(preferences.mixture, [Term("aot"), Term("nll", weight=0.3), Term("dpo_pl")]),
     "reward": functools.partial(rewards.reward_model, centring_coef=0.05),
+    "rewards of two heads": functools.partial(
+        rewards.reward_model, "plackett_luce", heads=("reward", "value"), centring_coef=0.05
+    ),
+    "reward apart from length": functools.partial(rewards.reward_model, length_coef=0.5),
     "ppo": objectives.ppo,
 }
 

@@ -224,7 +224,9 @@ def test_parameter_groups(make: Any) -> None:
     named = {name for _, _, name in rows}
     for name, parameter in trunk.named_parameters():
         assert parameter.requires_grad == (name in named)
-        assert (name in named) == (not name.startswith(("models.reference", "heads.reward", "models.critic.lm_head")))
+        assert (name in named) == (
+            not name.startswith(("models.reference", "heads.reward", "heads.length", "models.critic.lm_head"))
+        )
 
 
 def test_the_schedule_moves_every_group_from_its_own_peak(make: Any) -> None:
