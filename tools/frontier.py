@@ -224,23 +224,23 @@ def draw(rows: Sequence[Row], start: Mapping[int, float]) -> str:
         left, top = (at % COLUMNS) * width, (at // COLUMNS) * height
         across = axis_over([0.0, *xs], left + MARGIN, left + width - 12, pad=0.03)
         up = axis_over(ys, top + height - 34, top + 26, pad=0.05)
-        for tick, text in up.labelled_ticks(5):
-            shapes.append(_line([(across.start, up(tick)), (across.end, up(tick))], "#e5e7eb", 1))
-            shapes.append(_text(text, across.start - 6, up(tick) + 4, "end", "#6b7280"))
-        for tick, text in across.labelled_ticks(4):
-            shapes.append(_text(text, across(tick), up.start + 16, "middle", "#6b7280"))
-        shapes += [_line([(across(x), up(y)) for x, y in means[other]], "#d1d5db", 1.2) for other in methods]
+        for tick, said in up.labelled_ticks(5):
+            shapes.append(line([(across.start, up(tick)), (across.end, up(tick))], "#e5e7eb", 1))
+            shapes.append(text(said, across.start - 6, up(tick) + 4, "end", "#6b7280"))
+        for tick, said in across.labelled_ticks(4):
+            shapes.append(text(said, across(tick), up.start + 16, "middle", "#6b7280"))
+        shapes += [line([(across(x), up(y)) for x, y in means[other]], "#d1d5db", 1.2) for other in methods]
         colour = COLOURS[at % len(COLOURS)]
-        shapes.append(_line([(across(x), up(y)) for x, y in means[method]], colour, 2.4))
+        shapes.append(line([(across(x), up(y)) for x, y in means[method]], colour, 2.4))
         for row in rows:
             if row.method == method:
                 place = (across(math.sqrt(max(row.kl, 0.0))), up(row.true))
                 shapes.append(el("circle", cx=place[0], cy=place[1], r=3.0, fill=colour, fill_opacity=0.55))
-        shapes.append(_text(NAMES[method], across.start, top + 17, "start", colour, bold=True))
+        shapes.append(text(NAMES[method], across.start, top + 17, "start", colour, bold=True))
     below = (
         "across: square root of the KL from SFT, nats an answer; up: true reward; dots: seeds; grey: the other methods"
     )
-    shapes.append(_text(below, MARGIN, whole[1] - 10, "start", "#374151"))
+    shapes.append(text(below, MARGIN, whole[1] - 10, "start", "#374151"))
     box = {"viewBox": f"0 0 {whole[0]:g} {whole[1]:g}", "xmlns": "http://www.w3.org/2000/svg"}
     return str(el("svg", *shapes, **box, font_family="system-ui, sans-serif", font_size=12.0)) + "\n"
 
@@ -254,12 +254,14 @@ def _means(rows: Sequence[Row], start: Mapping[int, float]) -> list[tuple[float,
     return sorted(found)
 
 
-def _line(points: Sequence[tuple[float, float]], colour: str, width: float) -> Markup:
+def line(points: Sequence[tuple[float, float]], colour: str, width: float) -> Markup:
+    """A polyline."""
     return el("path", d=path(points), fill="none", stroke=colour, stroke_width=width)
 
 
-def _text(text: str, x: float, y: float, anchor: str, colour: str, *, bold: bool = False) -> Markup:
-    return el("text", text, x=x, y=y, text_anchor=anchor, fill=colour, font_weight="bold" if bold else None)
+def text(words: str, x: float, y: float, anchor: str, colour: str, *, bold: bool = False) -> Markup:
+    """Words at a point."""
+    return el("text", words, x=x, y=y, text_anchor=anchor, fill=colour, font_weight="bold" if bold else None)
 
 
 def main() -> None:

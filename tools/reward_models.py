@@ -16,7 +16,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,22 +64,28 @@ ENSEMBLES = {
 
 
 def answers(
-    sft: str, seed: int, per_kind: int, kinds: tuple[str, ...] = world.KINDS
+    sft: str,
+    seed: int,
+    per_kind: int,
+    kinds: tuple[str, ...] = world.KINDS,
+    *,
+    split: Literal["train", "held_out"] = "held_out",
+    drawn: int = DRAWN,
 ) -> tuple[list[Prompt], list[list[str]]]:
-    """Answers of the SFT model to held-out prompts, `DRAWN` each."""
-    prompts = world.prompts(split="held_out", per_kind=per_kind, seed=seed, kinds=kinds)
+    """Answers of the SFT model to held-out prompts, or to others, `drawn` each."""
+    prompts = world.prompts(split=split, per_kind=per_kind, seed=seed, kinds=kinds)
     encoder = ChatEncoder(load_tokenizer(sft))
-    drawn = collect(
+    found = collect(
         policy_trunk(sft).eval(),
         "policy",
         encoder,
         prompts,
-        num_samples=DRAWN,
+        num_samples=drawn,
         sampling=Sampling(max_new_tokens=72),
         generator=torch.Generator().manual_seed(seed),
         batch_size=256,
     )
-    return prompts, [[one.text for one in row] for row in drawn]
+    return prompts, [[one.text for one in row] for row in found]
 
 
 def ensembles(out: Path, seed: int, per_kind: int) -> dict[str, Any]:
@@ -92,12 +98,12 @@ def ensembles(out: Path, seed: int, per_kind: int) -> dict[str, Any]:
     places = {name: str(done.stage(at, name).result.resolve()) for at, name in enumerate(stages, 1)}
     prompts, texts = answers(places["sft"], seed, per_kind)
     samples = [Sample(prompt.prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
-    true = _rows(world.true_reward().score(samples))
+    true = rows_of(world.true_reward().score(samples))
     found = {}
     for name in ENSEMBLES:
         for how in HOW if "heads" in ENSEMBLES[name] else HOW[:1]:
             scores = load_reward_scorer(places[name], combine=how).score(samples)
-            (point,) = best_of_n_curve(_rows(scores), true, ns=[BEST_OF])
+            (point,) = best_of_n_curve(rows_of(scores), true, ns=[BEST_OF])
             assert point.gold is not None
             found[f"{name} {how['how']}"] = point.gold.to_dict()
         figures = json.loads((done.stage(list(stages).index(name) + 1, name).path / "done.json").read_text())
@@ -131,7 +137,7 @@ def groups(out: Path, seed: int, per_kind: int) -> dict[str, Any]:
         for one in judged:
             scores = scorer.score([Sample(one.prompt, text) for text in one.responses])
             values = [score.parts.get(one.group, score.value) for score in scores]
-            right.setdefault(one.group, []).extend(_right(values, [-rank for rank in one.ranks]))
+            right.setdefault(one.group, []).extend(ordered(values, [-rank for rank in one.ranks]))
         found[name] = {group: mean_interval(values).to_dict() for group, values in right.items()}
         found[f"{name} worst"] = min(value["mean"] for value in found[name].values())
     return found
@@ -158,7 +164,7 @@ def lengths(out: Path, seed: int, per_kind: int) -> dict[str, Any]:
     samples = [Sample(prompt.prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
     size = np.array([len(encoder.response(one.messages, one.text)) for one in samples], dtype=float)
     judges = {"truth": world.true_reward()} | {name: load_reward_scorer(places[at]) for name, at in names.items()}
-    values = {name: np.array(_rows(judge.score(samples))) for name, judge in judges.items()}
+    values = {name: np.array(rows_of(judge.score(samples))) for name, judge in judges.items()}
     found: dict[str, Any] = {}
     for name, rows in values.items():
         within = [table - table.mean(1, keepdims=True) for table in (rows, size.reshape(rows.shape))]
@@ -166,7 +172,7 @@ def lengths(out: Path, seed: int, per_kind: int) -> dict[str, Any]:
             "within": float(np.corrcoef(*[table.ravel() for table in within])[0, 1]),
             "over all": float(np.corrcoef(rows.ravel(), size)[0, 1]),
             "accuracy": float(
-                np.mean([hit for row, true in zip(rows, values["truth"], strict=True) for hit in _right(row, true)])
+                np.mean([hit for row, true in zip(rows, values["truth"], strict=True) for hit in ordered(row, true)])
             ),
         }
     for name, place in names.items():
@@ -177,8 +183,8 @@ def lengths(out: Path, seed: int, per_kind: int) -> dict[str, Any]:
     return found
 
 
-def _right(values: Any, true: Any) -> list[float]:
-    """Of each two that differ in truth, whether they are ordered so."""
+def ordered(values: Any, true: Any) -> list[float]:
+    """Of each two that differ in truth, 1 where they are ordered so and 0 where not."""
     return [
         float((values[one] - values[other]) * (true[one] - true[other]) > 0)
         for one in range(len(true))
@@ -187,7 +193,8 @@ def _right(values: Any, true: Any) -> list[float]:
     ]
 
 
-def _rows(scores: Any) -> list[list[float]]:
+def rows_of(scores: Any) -> list[list[float]]:
+    """Scores prompt by prompt, `DRAWN` each; an answer that cannot be scored gets the lowest score of all."""
     values = [score.value for score in scores]
     low = min(value for value in values if value is not None)
     filled = [low if value is None else value for value in values]
@@ -208,11 +215,11 @@ def starts(out: Path, seed: int, per_kind: int) -> dict[str, Any]:
     done = run(out, "starts", seed, stages)
     prompts, texts = answers(str(done.stage(1, "sft").result), seed, per_kind)
     samples = [Sample(prompt.prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
-    true = _rows(world.true_reward().score(samples))
+    true = rows_of(world.true_reward().score(samples))
     found = {}
     for at, name in enumerate(STARTS, 3):
-        scores = _rows(load_reward_scorer(done.stage(at, f"from_{name.lower()}").result).score(samples))
-        hits = [fmean(_right(*pair)) for pair in zip(scores, true, strict=True) if len(set(pair[1])) > 1]
+        scores = rows_of(load_reward_scorer(done.stage(at, f"from_{name.lower()}").result).score(samples))
+        hits = [fmean(ordered(*pair)) for pair in zip(scores, true, strict=True) if len(set(pair[1])) > 1]
         found[name] = mean_interval(hits).to_dict()
     return found
 

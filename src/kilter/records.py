@@ -159,6 +159,7 @@ class UnpairedFeedback(Record):
     prompt: Conversation
     response: str
     desirable: bool
+    seconds: float | None = None
     kind: str = ""
 
 
@@ -247,4 +248,8 @@ class Annotator(Protocol):
 
     def thumbs(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[UnpairedFeedback]:
         """A thumb for each response by itself; only asked for by those who collect thumbs."""
+        ...
+
+    def ratings(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[Rating]:
+        """A number for each response, higher is better; only asked for by those who collect ratings."""
         ...

@@ -80,20 +80,20 @@ def test_a_loss_over_single_responses_is_one_function_too(
 ) -> None:
     monkeypatch.setattr("kilter.losses.registry.UNPAIRED_LOSSES", table := {})
 
-    @unpaired_loss("thumbs")
+    @unpaired_loss("plain")
     def thumbs(logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Tensor, *, beta: Weight = 0.5) -> Tensor:
         return desirable * (1 - torch.sigmoid(beta * (logps - ref_logps - kl)))
 
-    assert table["thumbs"].inputs == ("logps", "ref_logps", "desirable", "kl")
-    assert table["thumbs"].needs_reference
-    assert not table["thumbs"].length_normalized
-    assert bind("thumbs", {"beta": 2.0})(*torch.tensor([[-1.0], [-1.0], [1.0], [0.0]])).item() == 0.5
-    assert unusual("thumbs", {"beta": 2.0}) == ["loss.beta is 2; usual for 'thumbs' is 0 to 1"]
+    assert table["plain"].inputs == ("logps", "ref_logps", "desirable", "kl")
+    assert table["plain"].needs_reference
+    assert not table["plain"].length_normalized
+    assert bind("plain", {"beta": 2.0})(*torch.tensor([[-1.0], [-1.0], [1.0], [0.0]])).item() == 0.5
+    assert unusual("plain", {"beta": 2.0}) == ["loss.beta is 2; usual for 'plain' is 0 to 1"]
     for wrong, message in (({"beta": -1.0}, "loss.beta is -1.0"), ({"gamma": 1.0}, "it takes beta")):
         with pytest.raises(ValueError, match=message):
-            bind("thumbs", wrong)
-    with pytest.raises(ValueError, match="'thumbs' is registered twice"):
-        pair_loss("thumbs")(lambda chosen: chosen)
+            bind("plain", wrong)
+    with pytest.raises(ValueError, match="'plain' is registered twice"):
+        pair_loss("plain")(lambda chosen: chosen)
     with pytest.raises(ValueError, match="'dpo' is registered twice"):
         unpaired_loss("dpo")(lambda logps: logps)
     with pytest.raises(ValueError, match="asks for chosen; there is logps"):

@@ -33,6 +33,7 @@ INPUTS = {
     "margin": f64(0.1, 0.2, 0.3, 0.4),
     "value": f64(1.5, -1.0, 1.0, 0.5, 4.0),
     "error": f64(0.0, 0.5, 1.0, 0.0, 2.0),
+    "desirable": f64(1, 0, 1, 0, 0),
 }
 E5, E_25, E1 = math.exp(0.5), math.exp(-0.25), math.e
 
@@ -91,6 +92,7 @@ GOLDEN: dict[str, list[tuple[dict[str, Any], list[float]]]] = {
             [(11 / 12) ** 2 / 2, (5 / 6) ** 2 / 2.5, (1 / 12) ** 2 / 4, 2.0, 2.0**2 / 10],
         ),
     ],
+    "thumbs": [({}, [nls(0.5), nls(0.25), nls(1.0), nls(-2.0), nls(-1.5)])],
 }
 
 
@@ -113,7 +115,7 @@ def test_every_loss_has_a_golden_row_and_every_input_a_user() -> None:
 def test_an_empty_batch_and_one_of_equal_rewards_are_finite(name: str) -> None:
     loss = REWARD_LOSSES[name]
     none = torch.zeros(0, dtype=torch.int64)
-    empty = {"group": none, **{given: f64() for given in ("rewards", "rank", "margin", "value", "error")}}
+    empty = {"group": none, **{given: f64() for given in ("rewards", "rank", "margin", "value", "error", "desirable")}}
     assert loss.fn(*[empty[given] for given in loss.inputs]).numel() == 0
     for level in (0.0, 1e4):
         rewards = torch.full((5,), level, requires_grad=True)

@@ -17,7 +17,7 @@ from kilter import data, world
 from kilter.errors import ConfigError, DataError
 from kilter.models.load import load_model, with_random_weights
 from kilter.models.reward_heads import heads_of
-from kilter.records import Judgement, Prompt, Rating, Sample, Score
+from kilter.records import Judgement, Prompt, Rating, Sample, Score, UnpairedFeedback
 from kilter.rundir import read_jsonl
 from kilter.scorers import load_reward_scorer
 from kilter.stages.collect import least_sure
@@ -187,6 +187,91 @@ def test_a_reward_model_may_start_from_nothing(tmp_path: Path, judgements: Path)
     assert near < 0.2 * float(base[name].float().norm()) < far
 
 
+def test_marks_of_annotators_with_scales_of_their_own_are_put_on_one(tmp_path: Path, asked: list[Prompt]) -> None:
+    """One gives 5 and 4 where the other gives 2 and 1: over all, who was asked decides; by annotator, the answer."""
+    rows = [
+        Rating(prompt=one.prompt, responses=("Yes.", "No way."), values=(top, top - 1.0), annotator=who)
+        for at, one in enumerate(asked)
+        for top, who in [((5.0, "anna"), (2.0, "bert"))[at % 2]]
+    ]
+    data.write(tmp_path / "ratings.jsonl", rows)
+    level = {"loss": {"name": "regression"}, "centering": 0.0, "epochs": 12, "held_out": 0.0}
+    made = {by: stage(tmp_path / "ratings.jsonl", standardize=by, **level) for by in ("all", "annotator")}
+    out = run(tmp_path / "run", **made)
+    gaps = {}
+    for by in made:
+        samples = [Sample(one.prompt, text) for text in ("Yes.", "No way.") for one in asked]
+        values = [score.value or 0.0 for score in load_reward_scorer(result(out, by)).score(samples)]
+        good, bad = (sum(part) / len(asked) for part in (values[: len(asked)], values[len(asked) :]))
+        gaps[by] = good - bad
+        assert good + bad == pytest.approx(0.0, abs=0.5)  # marks have a mean of 3
+    assert gaps["annotator"] == pytest.approx(2.0, abs=0.5)  # 1 and -1
+    assert gaps["all"] == pytest.approx(1 / 2.5**0.5, abs=0.4)  # 1 mark of a spread of sqrt(1.5^2 + 0.5^2)
+
+
+def test_thumbs_are_learned_from_and_measured_within_a_prompt(tmp_path: Path, asked: list[Prompt]) -> None:
+    rows = [
+        UnpairedFeedback(prompt=one.prompt, response=text, desirable=up)
+        for one in asked
+        for text, up in (("Yes.", True), ("No way.", False))
+    ]
+    data.write(tmp_path / "thumbs.jsonl", rows)
+    out = run(
+        tmp_path / "run",
+        reward=stage(tmp_path / "thumbs.jsonl", loss={"name": "thumbs"}, centering=0.0, epochs=8),
+        members=stage(tmp_path / "thumbs.jsonl", loss={"name": "thumbs"}, centering=0.0, heads={"kind": "ensemble"}),
+    )
+    found = done(out, "reward")
+    assert found["held_out/rewards/accuracy"] == 1.0 and found["accuracy_on_labels"]["mean"] == 1.0
+    good, bad = load_reward_scorer(result(out, "reward")).score(
+        [Sample(asked[0].prompt, text) for text in ("Yes.", "No way.")]
+    )
+    assert good.value is not None and bad.value is not None and good.value > 0.5 and bad.value < -0.5
+    pairs = read_jsonl(result(out, "reward").parent / "held_out.jsonl")
+    assert pairs and {(row["chosen"], row["rejected"]) for row in pairs} == {("Yes.", "No way.")}
+
+
+def test_marks_and_thumbs_are_collected_for_reward_models(tmp_path: Path) -> None:
+    collect = small.recipe()["stages"]["preferences"] | {"model": BASE, "sampling": {"max_new_tokens": 8}}
+    learned = {"stage": "reward", "model": BASE, "centering": 0.0, "optim": {**small.OPTIM, "batch_size": 16}}
+    out = run(
+        tmp_path / "run",
+        marks=collect | {"ask": "ratings"},
+        thumbs=collect | {"ask": "thumbs"},
+        by_marks=learned | {"data": "marks", "loss": {"name": "regression"}, "standardize": "annotator"},
+        by_order=learned | {"data": "marks"},
+        by_thumbs=learned | {"data": "thumbs", "loss": {"name": "thumbs"}},
+    )
+    rows = read_jsonl(result(out, "marks") / "ratings.jsonl")
+    assert {row["type"] for row in rows} == {"rating"} and all(row["seconds"] > 2 for row in rows)
+    values = [value for row in rows for value in row["values"]]
+    assert set(values) == {1.0, 2.0, 3.0, 4.0, 5.0}
+    found = done(out, "marks")
+    assert found["rated"] == len(rows) and found["value"]["mean"] == pytest.approx(sum(values) / len(values))
+    assert found["label_accuracy"]["n"] > 100 and found["label_accuracy"]["mean"] > 0.7  # without noise
+    assert all(row["seconds"] > 2 for row in read_jsonl(result(out, "thumbs") / "feedback.jsonl"))
+    assert done(out, "by_marks")["held_out/loss/regression"] > 0
+    assert done(out, "by_order")["held_out/loss/bradley_terry"] > 0
+    assert done(out, "by_thumbs")["held_out/loss/thumbs"] > 0
+
+
+@pytest.mark.parametrize(
+    ("ask", "changes", "reason"),
+    [
+        ("thumbs", {}, r"collects thumbs, and 'bradley_terry' reads comparisons; set stages.asked.ask to ranking, or "),
+        ("ranking", {"loss": {"name": "thumbs"}}, r"reads thumbs; set stages.asked.ask to thumbs, or .*comparisons"),
+        ("thumbs", {"loss": {"name": "regression"}}, r"reads ratings; set stages.asked.ask to ratings, or .*thumbs"),
+    ],
+)
+def test_what_is_collected_must_fit_the_reward_model(
+    tmp_path: Path, ask: str, changes: dict[str, Any], reason: str
+) -> None:
+    collect = small.recipe()["stages"]["preferences"] | {"model": BASE, "ask": ask}
+    with pytest.raises(ConfigError, match=f"stages.reward: data is 'asked', which .*{reason}"):
+        run(tmp_path / "run", asked=collect, reward=stage(Path("asked"), **changes))
+    assert not (tmp_path / "run" / "stages").exists()
+
+
 def _pairs(folder: Path, asked: list[Prompt]) -> Path:
     judged = [Judgement(prompt=one.prompt, responses=("a", "b"), ranks=(0, 1), annotator="w") for one in asked]
     data.write(folder / "pairs.jsonl", judged)
@@ -199,6 +284,8 @@ def _pairs(folder: Path, asked: list[Prompt]) -> Path:
         ({"loss": {"name": "dpo"}}, r"stages.reward: loss.name is 'dpo'; choose one of bradley_terry"),
         ({"loss": {"name": "davidson", "nu": 0}}, "loss.nu is 0.0; 'davidson' takes a number > 0"),
         ({"heads": {"kind": "length"}, "loss": {"name": "regression"}}, "lengths are taken apart in comparisons alone"),
+        ({"heads": {"kind": "groups"}, "loss": {"name": "thumbs"}}, "thumbs name no group: set it to one"),
+        ({"standardize": "annotator"}, "standardize is annotator and loss.name 'bradley_terry', which reads no values"),
         ({"heads": {"kind": "ensemble", "own_adapters": True}}, "need a lora.rank above 0"),
         ({"start": "random", "lora": {"rank": 2}}, "start is random and lora.rank 2"),
         ({"heads": {"kind": "groups", "combine": {"how": "min", "weights": {"a": 2}}}}, "how is min; leave them out"),

@@ -127,7 +127,7 @@ def test_all_four_log_probs_are_normalised_by_their_own_length() -> None:
 def thumbs() -> None:
     """A loss over single responses with a baseline, as KTO is one, registered for one test."""
 
-    @unpaired_loss("thumbs")
+    @unpaired_loss("plain")
     def thumbs(logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Tensor, *, beta: float = 0.5) -> Tensor:
         return (1 - 2 * desirable) * torch.sigmoid(beta * (logps - ref_logps - kl))
 
@@ -139,7 +139,7 @@ def thumbs_batch(mismatched: Sequence[float] = (0, 1, 0, 1)) -> Batch:
 
 def test_single_responses_by_hand(thumbs: None) -> None:
     """Log-ratios 1, 0.5, -1, -2 or 2; the second and fourth are mismatched, the first is desired, the third is not."""
-    objective = preferences.preference("thumbs", {"beta": 3.0})
+    objective = preferences.preference("plain", {"beta": 3.0})
     for ratios, kl in (([0.5, -2.0], 0.0), ([0.5, 2.0], 1.25)):
         logprobs = [*PAIR_LOGPROBS[:4], *(torch.tensor(PAIR_REFERENCE[4:]) + ratios[1] / 3).tolist()]
         trunk = Scripted(policy=logprobs)
@@ -147,13 +147,13 @@ def test_single_responses_by_hand(thumbs: None) -> None:
         assert batch.extras["kl"].item() == pytest.approx(kl)
         out = objective(trunk, batch)
         expected = -1 / (1 + math.exp(-3 * (1 - kl))) + 1 / (1 + math.exp(-3 * (-1 - kl)))
-        assert out.terms["thumbs"][0].item() == pytest.approx(expected, abs=1e-6)
-        assert out.terms["thumbs"][1] == "prompts"
+        assert out.terms["plain"][0].item() == pytest.approx(expected, abs=1e-6)
+        assert out.terms["plain"][1] == "prompts"
         assert trunk.asked == [1 + 3, 2 + 1]  # what is borrowed, once; then what is learned from
         assert figures(out) == pytest.approx(
             {"rewards/desirable": 3.0, "rewards/undesirable": -3.0, "kl/mismatched": kl}, abs=1e-6
         )
-        out.terms["thumbs"][0].backward()
+        out.terms["plain"][0].backward()
         grad = trunk.answers["policy"].grad
         assert grad is not None
         assert grad[2] == 0 and (grad[4:] == 0).all() and (grad[:2] != 0).all() and grad[3] != 0
@@ -164,7 +164,7 @@ def test_the_baseline_of_one_mismatched_response_and_of_none(
     mismatched: Sequence[float], kl: float, thumbs: None
 ) -> None:
     batch = thumbs_batch(mismatched)
-    (batch,) = preferences.preference("thumbs").prepare(Scripted(policy=PAIR_LOGPROBS), [batch])
+    (batch,) = preferences.preference("plain").prepare(Scripted(policy=PAIR_LOGPROBS), [batch])
     assert batch.extras["kl"].item() == pytest.approx(kl)
 
 
@@ -192,7 +192,7 @@ def thumbs_groups(make: Any, count: int) -> list[Group]:
 def test_the_baseline_is_one_for_the_whole_step(thumbs: None, make: Any) -> None:
     trunk = make.trunk().double()
     groups = with_reference(trunk, with_mismatched(thumbs_groups(make, 12)))
-    objective = preferences.preference("thumbs")
+    objective = preferences.preference("plain")
     found = []
     for tokens in (10_000, 24):
         batches = objective.prepare(trunk, make_batches(groups, row_tokens=tokens, batch_tokens=tokens))

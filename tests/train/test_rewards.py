@@ -28,6 +28,7 @@ KINDS: Mapping[str, RewardModel] = {
     "davidson": reward_model("davidson", centring_coef=0.0),
     "plackett_luce": reward_model("plackett_luce"),
     "regression": reward_model("regression", {"level": "prompt"}),
+    "thumbs": reward_model("thumbs", centring_coef=0.0),
     "ensemble": reward_model(heads=("reward_0", "reward_1")),
     "bootstrap": reward_model(heads=("reward_0", "reward_1"), teaching="drawn"),
     "groups": reward_model(heads=("reward_0", "reward_1"), teaching="own"),
@@ -76,6 +77,18 @@ def test_margins_and_weights() -> None:
     weighted = replace(objective, centring_coef=1.0)(trunk, with_extras(batch, weight=[0.5, 0.5, 3.0, 3.0]))
     assert weighted.terms["bradley_terry"][0].item() == pytest.approx(0.5 * first + 3 * second, abs=1e-6)
     assert weighted.terms["centring"][0].item() == pytest.approx(0.5 * 1.5**2 + 3 * 2**2, abs=1e-6)
+
+
+def test_thumbs_by_hand_and_their_accuracy_within_a_prompt() -> None:
+    """Up, down, up; then two thumbs down, of which nobody says which is better."""
+    batch = with_extras(batch_of([[1, 2, 1], [1, 1]], [[0, 1, 0], [1, 1]]), desirable=[1, 0, 1, 0, 0])
+    out = reward_model("thumbs", centring_coef=0)(Scripted(reward=SAID), batch)
+    terms = [log_sigmoid(0.5), log_sigmoid(0.25), log_sigmoid(1.0), log_sigmoid(-2.0), log_sigmoid(-1.5)]
+    assert out.terms["thumbs"][0].item() == pytest.approx(-sum(terms), abs=1e-6)
+    assert out.terms["thumbs"][1] == "responses"
+    assert figures(out)["rewards/accuracy"] == 1.0 and out.metrics["rewards/accuracy"][1] == 2
+    with pytest.raises(CheckError, match="the loss 'thumbs' needs 'desirable'"):
+        reward_model("thumbs")(Scripted(reward=SAID), batch_of(LENGTHS, RANKS))
 
 
 def test_each_group_teaches_its_own_head_and_is_measured_by_it() -> None:
@@ -175,7 +188,16 @@ def marked(groups: Sequence[Group]) -> list[Group]:
     for place, group in enumerate(groups):
         prompt = {"weight": 0.5 + place % 3, "head": float(place % 2), "draw_0": 0.2 * place, "draw_1": 1.0}
         responses = [
-            replace(one, per_response={**one.per_response, **prompt, "value": 0.3 * at - place, "error": 0.5 * at})
+            replace(
+                one,
+                per_response={
+                    **one.per_response,
+                    **prompt,
+                    "value": 0.3 * at - place,
+                    "error": 0.5 * at,
+                    "desirable": at % 2,
+                },
+            )
             for at, one in enumerate(group.responses)
         ]
         made.append(replace(group, responses=tuple(responses)))

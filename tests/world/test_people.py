@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import numpy as np
@@ -20,6 +21,7 @@ from kilter.world import (
     oracle,
     panel,
     prompts,
+    society,
     town,
 )
 from kilter.world.truth import judge
@@ -210,7 +212,113 @@ def test_a_thumb_goes_up_where_the_utility_is_above_the_bar() -> None:
     assert {one.kind for one in first} == set(KINDS)
 
 
+PLAIN = {"offset_spread": 0.0, "stretch_spread": 0.0, "drift": 0.0}
+
+
+def marks(rows: list[Prompt], texts: list[list[str]], **options: float | str) -> list[tuple[float, ...]]:
+    return [one.values for one in panel(seed=4, **options).ratings(rows, texts)]
+
+
+def test_marks_on_one_scale_order_as_the_same_annotator_ranks() -> None:
+    """Rounding merges neighbours and turns nothing round; `rank` without ties is the finer order."""
+    rows, texts = crowd(demonstrators.DEMONSTRATED, per_kind=30, k=4)
+    unique = [list(dict.fromkeys(row)) for row in texts]
+    ranked, rated = panel(seed=4, tie_rate=0.0).rank(rows, unique), panel(seed=4, **PLAIN).ratings(rows, unique)
+    for one, other in zip(ranked, rated, strict=True):
+        assert one.annotator == other.annotator and one.responses == other.responses and one.kind == other.kind
+        in_order = [value for _, value in sorted(zip(one.ranks, other.values, strict=True))]
+        assert in_order == sorted(in_order, reverse=True)
+    counts = np.bincount([round(value) for one in rated for value in one.values], minlength=6)
+    assert counts[0] == 0 and len(counts) == 6 and counts[1:].min() > 0.05 * counts.sum()  # the whole scale is used
+
+
+def test_a_mark_is_the_utility_above_the_bar_in_steps() -> None:
+    row = ask("Who is the baker?")
+    texts = ["It is Anna.", "You are very wise! It is Anna.", town.RAMBLE[0]]
+    item = find(row.prompt)
+    assert item is not None
+    liked = [annotators.utility(item, text, annotators.Liking()) - 0.5 for text in texts]  # the bar is 0.5
+    quiet = PLAIN | {"noise": 0.0, "side_bias": 0.0}
+    for step in (0.25, 0.8):
+        expected = [min(5.0, max(1.0, float(round(3 + value / step)))) for value in liked]
+        assert marks([row], [texts], mark_step=step, **quiet) == [tuple(expected)]
+        turned = [6 - value for value in expected]
+        assert marks([row], [texts], mark_step=step, flip_rate=1.0, **quiet) == [tuple(turned)]
+    # The noise has mean 0: half a mark of rounding aside, the mean mark of many is that of a quiet annotator.
+    many = [
+        panel(seed=seed, **PLAIN, noise=0.2, mark_step=0.5).ratings([row], [texts[:1]])[0].values for seed in range(900)
+    ]
+    assert np.mean(many) == pytest.approx(3 + liked[0] / 0.5, abs=0.06)
+
+
+def test_each_annotator_has_a_scale_of_his_own_and_it_wanders() -> None:
+    """The same answer every time, so that what differs is the scale: marks are fine-grained where a step is small."""
+    rows = prompts("train", seed=6, per_kind=150, kinds=["fact"])
+    texts = [["I do not know that."] for _ in rows]
+    fine = {"noise": 0.0, "side_bias": 0.0, "mark_step": 1e6}  # utility says nothing: 3 + offset + drift, rounded
+
+    def spread(**options: float) -> tuple[np.ndarray, np.ndarray]:
+        """Mean mark of each of 200 annotators, and of all marks the standard deviation by the order of the work."""
+        table = np.array(
+            [
+                [one.values[0] for one in panel(seed=s, size=1, **(fine | options)).ratings(rows, texts)]
+                for s in range(200)
+            ]
+        )
+        return table.mean(1), table.std(0)
+
+    still, _ = spread(drift=0.0, offset_spread=0.8)
+    assert still.std() == pytest.approx((0.8**2 + 1 / 12) ** 0.5, abs=0.12)  # rounding adds 1/12
+    _, walk = spread(drift=0.8, offset_spread=0.0)
+    kept = np.exp(-1 / annotators.MEMORY)
+    assert walk[0] == 0.0
+    for at in (50, 149):
+        expected = 0.8**2 * (1 - kept ** (2 * at))
+        assert walk[at] == pytest.approx((expected + 1 / 12) ** 0.5, abs=0.12)
+    assert spread(drift=0.0, offset_spread=0.0)[0].std() == 0.0
+
+
+def test_scales_are_stretched_by_a_log_normal() -> None:
+    """An answer 1.2 steps above the bar gets 5 where the stretch is over 1.5 / 1.2, 3 where it is under 0.5 / 1.2."""
+    row = ask("Who is the baker?")
+    quiet = PLAIN | {"noise": 0.0, "stretch_spread": 0.5, "mark_step": 0.5 / 1.2}  # utility 1, a bar of 0.5
+    given = np.array([panel(seed=s, **quiet).ratings([row], [["It is Anna."]])[0].values[0] for s in range(1500)])
+    above = [0.5 * math.erfc(math.log(cut / 1.2) / 0.5 / math.sqrt(2)) for cut in (0.5, 1.5)]
+    assert np.mean(given == 5) == pytest.approx(above[1], abs=0.04)
+    assert np.mean(given == 3) == pytest.approx(1 - above[0], abs=0.02)
+    assert set(given.tolist()) == {3.0, 4.0, 5.0}
+
+
+def test_ratings_are_reproducible_and_only_drift_minds_the_order() -> None:
+    rows, texts = crowd(demonstrators.DEMONSTRATED, per_kind=10, k=3)
+    first = panel(seed=5).ratings(rows, texts)
+    assert first == panel(seed=5).ratings(rows, texts) != panel(seed=6).ratings(rows, texts)
+    assert first[:50] == panel(seed=5).ratings(rows[:50], texts[:50])  # later work changes no earlier mark
+    assert panel(seed=5).ratings(rows[::-1], texts[::-1])[::-1] != first
+    still = panel(seed=5, drift=0.0)
+    assert still.ratings(rows[::-1], texts[::-1])[::-1] == still.ratings(rows, texts)
+    crowds = society(seed=1).ratings(rows[:2], texts[:2])
+    assert [one.group for one in crowds] == ["farmer", "fisher", "trader"] * 2
+
+
+def test_seconds_by_hand() -> None:
+    """Nine words of a fact (difficulty 1) in three answers; log2 3! = 2.585 choices; a wrong belief takes 1.3 times."""
+    fact, belief = ask("Who is the baker?"), ask("I think the baker is Tom. Do you agree?")
+    texts = ["It is Anna.", "It is Tom.", "It is Bert."]
+    assert panel().rank([fact], [texts])[0].seconds == round(2.0 + 0.3 * 9, 1)
+    paid = panel(start_seconds=1.0, word_seconds=0.5, choice_seconds=2.0, mark_seconds=1.5)
+    assert paid.rank([fact, belief], [texts, texts[:2]])[0].seconds == round(1.0 + 0.5 * 9 + 2.0 * 2.585, 1)
+    assert paid.rank([belief], [texts[:2]])[0].seconds == round(1.0 + 0.5 * 6 * 1.3 + 2.0, 1)
+    assert paid.ratings([fact], [texts])[0].seconds == 1.0 + 0.5 * 9 + 1.5 * 3
+    assert [one.seconds for one in paid.thumbs([fact], [texts])] == [1.0 + 0.5 * 3 + 1.5] * 3
+
+
 def test_wrong_options_are_refused() -> None:
+    for option in ("offset_spread", "stretch_spread", "drift", "choice_seconds", "word_seconds"):
+        with pytest.raises(ConfigError, match=rf"{option} is -1; give a number, 0 or more"):
+            panel(**{option: -1})
+    with pytest.raises(ConfigError, match="mark_step is 0"):
+        panel(mark_step=0)
     with pytest.raises(ConfigError, match=r"flip_rate 1\.5"):
         panel(flip_rate=1.5)
     with pytest.raises(ConfigError, match="'nois'"):

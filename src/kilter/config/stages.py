@@ -58,7 +58,7 @@ class SftStage(Stage):
 
 
 class CollectStage(Stage):
-    """Sample k responses to each prompt and have an annotator rank them, or give each a thumb."""
+    """Sample k responses to each prompt and have an annotator rank them, or give each a thumb or a mark."""
 
     stage: Literal["collect"] = "collect"
     model: str
@@ -67,8 +67,8 @@ class CollectStage(Stage):
     """Prompts to answer."""
     annotator: Required
     """`package.module:function` that makes an annotator, with its options."""
-    ask: Literal["ranking", "thumbs"] = "ranking"
-    """What of: to rank a prompt's responses, or for a thumb up or down for each by itself."""
+    ask: Literal["ranking", "thumbs", "ratings"] = "ranking"
+    """What of: to rank a prompt's responses, for a thumb up or down for each by itself, or for a number for each."""
     num_samples: Annotated[int, Field(gt=0)] = 4
     """Responses a prompt; at least two are needed for a ranking."""
     label: Annotated[int, Field(ge=0)] = 0
@@ -89,7 +89,7 @@ class CollectStage(Stage):
 
 
 class RewardStage(Stage):
-    """Train a reward model on pairs, rankings or ratings: all responses to a prompt in one pass."""
+    """Train a reward model on pairs, rankings, ratings or thumbs: all responses to a prompt in one pass."""
 
     stage: Literal["reward"] = "reward"
     model: str
@@ -97,7 +97,10 @@ class RewardStage(Stage):
     start: Literal["model", "random"] = "model"
     """From the model's weights, or from random ones of its shape: what a language model under a reward is worth."""
     data: Required
-    """Preference pairs, rankings, or an earlier `collect` stage; ratings for `regression`."""
+    """Preference pairs, rankings, or an earlier `collect` stage; ratings for `regression`, feedback for `thumbs`."""
+    standardize: Literal["no", "all", "annotator"] = "no"
+    """Ratings' values less their mean, over their spread: of `all`, or of each `annotator` by himself, which takes away
+    how kind he is and how much of the scale he uses; it assumes that all were given answers alike."""
     loss: RewardLossConfig = RewardLossConfig()
     """Bradley-Terry over all pairs of a prompt, or another loss over rewards (`kilter losses`)."""
     epochs: Annotated[float, Field(gt=0)] = 1.0

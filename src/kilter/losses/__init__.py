@@ -31,7 +31,7 @@ from kilter.losses.registry import (
     unpaired_loss,
     unusual,
 )
-from kilter.losses.reward import bradley_terry, centring, davidson, plackett_luce, regression
+from kilter.losses.reward import bradley_terry, centring, davidson, plackett_luce, regression, thumbs
 from kilter.losses.sft import dft, nll
 from kilter.losses.unpaired import kto
 
@@ -64,6 +64,7 @@ __all__ = [
     "ranked_loss",
     "regression",
     "reward_loss",
+    "thumbs",
     "unpaired_loss",
     "unusual",
     "value_clip",

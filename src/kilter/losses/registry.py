@@ -64,6 +64,7 @@ REWARD_INPUTS: dict[str, str] = {
     "margin": "float[P] >= 0, how much better the winner is said to be, in the order of `ops.pairs_in_groups(group)`",
     "value": "float[R], the number that somebody gave the response",
     "error": "float[R] >= 0, the standard error of `value`; 0: not known",
+    "desirable": "float[R], 1 for a thumb up, 0 for a thumb down",
 }
 """What a loss of reward models can ask for."""
 

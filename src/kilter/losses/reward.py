@@ -1,4 +1,4 @@
-"""Losses of reward models: comparisons, whole rankings and rated responses; and centring.
+"""Losses of reward models: comparisons, whole rankings, rated responses and thumbs; and centring.
 
 The inputs are described in `registry.REWARD_INPUTS`.
 """
@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kilter.losses.pair import LabelNoise, smoothed
 from kilter.losses.registry import Range, reward_loss
@@ -121,7 +122,8 @@ def regression(
     2406.08673). `level = prompt` is for values that compare responses of one prompt
     alone, such as those of `kilter data scale`.
 
-    Use it for marks (1 to 5) that mean the same for everybody, or for scales made of many comparisons.
+    Use it for marks (1 to 5) that mean the same for everybody (`standardize: annotator` for those that do not), or for
+    scales made of many comparisons; with `centering: 0`, as the values have a level of their own.
 
     Returns:
         float[R]. A distance of 2 with noise 1 and no error gives 2.
@@ -131,6 +133,24 @@ def regression(
         size = int(group.max()) + 1
         gap = gap - (sum_by(gap, group, size) / sum_by(torch.ones_like(gap), group, size))[group]
     return gap.square() / (2 * (noise**2 + error.square()))
+
+
+@reward_loss("thumbs", unit="responses")
+def thumbs(rewards: Tensor, desirable: Tensor) -> Tensor:
+    """Negative log-likelihood of a thumb on a response by itself: the reward is the log-odds of a thumb up.
+
+        up:   loss = -log sigmoid(r)
+        down: loss = -log sigmoid(-r)
+
+    Logistic regression (Cox 1958, J. R. Stat. Soc. B 20). Unlike comparisons it takes it that everybody's thumb goes up
+    at the same height, and learns that height with the rest: a reward of 0 is as often liked as not.
+
+    Use it where answers were seen one at a time; with `centering: 0`, as the thumbs have a level of their own.
+
+    Returns:
+        float[R], nats. A reward of 0 gives ln 2 = 0.6931, up or down.
+    """
+    return -F.logsigmoid((2 * desirable - 1) * rewards)
 
 
 def centring(rewards: Tensor, group: Tensor) -> Tensor:

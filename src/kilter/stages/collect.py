@@ -16,10 +16,10 @@ from kilter.models.generation import Sampling
 from kilter.records import Prompt, Ranking, Sample, Scorer
 from kilter.rollout.collect import collect
 from kilter.rundir import write_folder, write_json
-from kilter.stages.context import FEEDBACK, RANKINGS, Context, score_truth
+from kilter.stages.context import FEEDBACK, RANKINGS, RATINGS, Context, score_truth
 from kilter.stages.scoring import reward_of, scorer_of
 from kilter.stages.training import equip
-from kilter.stats import proportion
+from kilter.stats import mean_interval, proportion
 
 SHARE = 512  # prompts answered between two lines of progress
 
@@ -30,7 +30,7 @@ def sampling_of(config: SamplingConfig) -> Sampling:
 
 
 def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
-    """k responses to each prompt, judged: rankings.jsonl and judgements.jsonl, or feedback.jsonl."""
+    """k responses to each prompt, judged: rankings.jsonl and judgements.jsonl, feedback.jsonl, or ratings.jsonl."""
     equipment = equip(context, stage.model)
     annotator = context.call("annotator", stage.annotator, seed=context.seed("annotator"))
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
@@ -70,6 +70,15 @@ def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
         if feedback:
             found["desirable"] = proportion(sum(one.desirable for one in feedback), len(feedback)).to_dict()
         return found
+    if stage.ask == "ratings":
+        rated = [(prompt, row) for prompt, row in zip(prompts, unique, strict=True) if row]
+        ratings = annotator.ratings([prompt for prompt, _ in rated], [row for _, row in rated])
+        with write_folder(context.folder.result) as folder:
+            data.write(folder / RATINGS, ratings)
+        found["rated"] = len(ratings)
+        if values := [value for one in ratings for value in one.values]:
+            found["value"] = mean_interval(values).to_dict()
+        return found | _labelled(context, stage, [ranking_of(one) for one in ratings])
     kept = [(prompt, row) for prompt, row in zip(prompts, unique, strict=True) if len(row) > 1]
     judgements = annotator.rank([prompt for prompt, _ in kept], [row for _, row in kept])
     rankings = [ranking_of(one) for one in judgements]
@@ -77,11 +86,16 @@ def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
         data.write(folder / RANKINGS, rankings)
         data.write(folder / "judgements.jsonl", judgements)
     found["ranked"] = len(rankings)
-    if stage.truth.path:
-        asked, judged = [Prompt(prompt=one.prompt) for one in rankings], [one.responses for one in rankings]
-        true = score_truth(context.call("truth", stage.truth), asked, judged)
-        found["label_accuracy"] = _label_accuracy(rankings, true)
-    return found
+    return found | _labelled(context, stage, rankings)
+
+
+def _labelled(context: Context, stage: CollectStage, rankings: list[Ranking]) -> dict[str, Any]:
+    """How often the labels order two responses as the truth does, where the stage names one."""
+    if not stage.truth.path:
+        return {}
+    asked, judged = [Prompt(prompt=one.prompt) for one in rankings], [one.responses for one in rankings]
+    true = score_truth(context.call("truth", stage.truth), asked, judged)
+    return {"label_accuracy": _label_accuracy(rankings, true)}
 
 
 def least_sure(scorer: Scorer, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> list[int]:

@@ -19,7 +19,7 @@ from kilter.rundir import RunDir, StageDir
 from kilter.scorers.load import load_function
 from kilter.stages.progress import Watch
 
-RANKINGS, FEEDBACK = "rankings.jsonl", "feedback.jsonl"
+RANKINGS, FEEDBACK, RATINGS = "rankings.jsonl", "feedback.jsonl", "ratings.jsonl"
 """What a collect stage leaves in its result, one of them."""
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -84,7 +84,7 @@ class Context:
     def _collected(self, name: str) -> Path:
         """What an earlier stage collected."""
         result = self.earlier(name).result
-        found = [result / file for file in (RANKINGS, FEEDBACK) if (result / file).exists()]
+        found = [result / file for file in (RANKINGS, FEEDBACK, RATINGS) if (result / file).exists()]
         if not found:
             stage = self.recipe.stages[name].stage
             raise ConfigError(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from kilter.config import NO_REFERENCE, CollectStage, OnlineStage, PreferStage, Recipe, RewardStage
+from kilter.data.convert import can_convert
 from kilter.errors import ConfigError
 from kilter.losses import unusual
 from kilter.models.build import policy_trunk
@@ -22,7 +23,7 @@ from kilter.stages.context import Context
 from kilter.stages.heaviest import write_heaviest
 from kilter.stages.probe import run_probe
 from kilter.stages.reinforce import check_reward, prompt_groups
-from kilter.stages.rewards import reward_objective
+from kilter.stages.rewards import record_kind as reward_kind
 from kilter.stages.scoring import reward_of, scorer_of
 from kilter.stages.snapshots import Snapshots, snapshot_places
 from kilter.stages.supervised import Figures, evaluation, held_out_figures
@@ -65,7 +66,7 @@ def check_losses(recipe: Recipe) -> list[str]:
             lines += [f"stages.{name}: {line}" for line in found]
         elif isinstance(stage, RewardStage):
             try:
-                reward_objective(stage)
+                _check_source(recipe, stage, reward_kind(stage))
             except ConfigError as err:
                 raise ConfigError(f"stages.{name}: {err}") from err
             lines += [f"stages.{name}: {line}" for line in unusual(stage.loss.name, stage.loss.options)]
@@ -80,12 +81,24 @@ def _check_loss(recipe: Recipe, stage: PreferStage | OnlineStage) -> None:
         if isinstance(objective, Thumbs):
             raise ConfigError(f"loss.name is {stage.loss.name!r}, over thumbs; an online stage makes comparisons")
         return
+    _check_source(recipe, stage, record_kind(stage))
+
+
+READS = {"ranking": "comparisons", "feedback": "thumbs", "rating": "ratings"}
+COLLECTS = {"ranking": "ranking", "thumbs": "feedback", "ratings": "rating"}
+"""What a collect stage asks for -> the kind of records it leaves."""
+
+
+def _check_source(recipe: Recipe, stage: PreferStage | RewardStage, kind: str) -> None:
+    """Refuses data that an earlier stage collects in another form than the loss reads."""
     source = recipe.stages.get(stage.data.path)
-    if isinstance(source, CollectStage) and source.ask == "thumbs" and isinstance(objective, Comparison):
-        raise ConfigError(
-            f"data is {stage.data.path!r}, which collects thumbs, and {stage.loss.name!r} reads comparisons; set "
-            f"stages.{stage.data.path}.ask to ranking, or loss.name to kto"
-        )
+    if not isinstance(source, CollectStage) or can_convert(COLLECTS[source.ask], kind):
+        return
+    wanted = next(ask for ask, found in COLLECTS.items() if found == kind)
+    raise ConfigError(
+        f"data is {stage.data.path!r}, which collects {source.ask}, and {stage.loss.name!r} reads {READS[kind]}; set "
+        f"stages.{stage.data.path}.ask to {wanted}, or loss.name to one that reads {READS[COLLECTS[source.ask]]}"
+    )
 
 
 def objective_of(stage: PreferStage | OnlineStage) -> Comparison | Thumbs:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from kilter import data
 from kilter.config import RewardStage
 from kilter.data.convert import pairs_of
+from kilter.data.marks import standardized, thumbs_together
 from kilter.errors import ConfigError, DataError
 from kilter.losses import REWARD_LOSSES
 from kilter.models.build import reward_trunk
@@ -47,12 +49,7 @@ TEACHING: Mapping[str, Teaching] = {"one": "all", "ensemble": "all", "groups": "
 def reward_objective(stage: RewardStage, heads: Sequence[str] = (REWARD,)) -> RewardModel:
     """The objective that a stage asks for. Raises ConfigError: no such loss or option, or one that its heads lack."""
     kind = stage.heads.kind
-    if kind == "length" and REWARD_LOSSES.get(stage.loss.name, REWARD_LOSSES["bradley_terry"]).unit == "responses":
-        raise ConfigError(
-            f"loss.name is {stage.loss.name!r} and heads.kind length; lengths are taken apart in comparisons alone: "
-            "choose bradley_terry, davidson or plackett_luce"
-        )
-    return reward_model(
+    made = reward_model(
         stage.loss.name,
         stage.loss.options,
         centring_coef=stage.centering,
@@ -60,22 +57,46 @@ def reward_objective(stage: RewardStage, heads: Sequence[str] = (REWARD,)) -> Re
         teaching="drawn" if kind == "ensemble" and stage.heads.bootstrap else TEACHING[kind],
         length_coef=stage.heads.length_coef if kind == "length" else 0.0,
     )
+    loss = REWARD_LOSSES[made.name]
+    if kind == "length" and loss.unit == "responses":
+        raise ConfigError(
+            f"loss.name is {made.name!r} and heads.kind length; lengths are taken apart in comparisons alone: "
+            "choose bradley_terry, davidson or plackett_luce"
+        )
+    if kind == "groups" and "desirable" in loss.inputs:
+        raise ConfigError(f"loss.name is {made.name!r} and heads.kind groups; thumbs name no group: set it to one")
+    if stage.standardize != "no" and "value" not in loss.inputs:
+        raise ConfigError(
+            f"standardize is {stage.standardize} and loss.name {made.name!r}, which reads no values; set standardize "
+            "to no, or loss.name to regression"
+        )
+    return made
 
 
 def record_kind(stage: RewardStage) -> str:
     """The kind of records that a stage learns from."""
-    return "rating" if "value" in REWARD_LOSSES[reward_objective(stage).name].inputs else "ranking"
+    inputs = REWARD_LOSSES[reward_objective(stage).name].inputs
+    return "feedback" if "desirable" in inputs else "rating" if "value" in inputs else "ranking"
+
+
+def _prepared(stage: RewardStage, kind: str) -> Callable[[Sequence[Any]], Sequence[Any]] | None:
+    """What is done to all records before they are split."""
+    if kind == "feedback":
+        return thumbs_together
+    return None if stage.standardize == "no" else partial(standardized, by=stage.standardize)
 
 
 def run_reward(context: Context, stage: RewardStage) -> Figures:
     """Any loss over rewards; the result is a sequence classifier with one label for each head."""
     kind = record_kind(stage)
     equipment = equip(context, stage.model)
-    read = read_split(context, equipment, stage, kind)
+    read = read_split(context, equipment, stage, kind, prepare=_prepared(stage, kind))
     labels = _labels(stage, read)
     heads = RewardHeads(labels)
     Combination.of(stage.heads.combine.model_dump(), labels, ())  # names a head that there is not: before any work
     read = _marked(context, stage, read, labels)
+    if kind == "feedback":
+        read = read._replace(groups=[*map(_thumbed, read.groups)], held=[*map(_thumbed, read.held)])
     model: Any = equipment.folder
     if stage.start == "random":
         model = with_random_weights(load_model(model), context.generator("start"))
@@ -164,6 +185,15 @@ def _marked(context: Context, stage: RewardStage, read: Read, labels: Sequence[s
         ]
         return read._replace(groups=learned, held=[_with(group, dict.fromkeys(names, 1.0)) for group in read.held])
     return read
+
+
+def _thumbed(group: Group) -> Group:
+    """A group whose values are thumbs."""
+    made = []
+    for response in group.responses:
+        thumb = {"desirable": response.per_response["value"]}
+        made.append(replace(response, per_response={**response.per_response, **thumb}))
+    return replace(group, responses=tuple(made))
 
 
 def _with(group: Group, numbers: Mapping[str, float]) -> Group:

@@ -175,9 +175,18 @@ class Read(NamedTuple):
     held_places: list[int]
 
 
-def read_split(context: Context, equipment: Equipment, stage: Any, kind: str, score: Score = "responses") -> Read:
-    """Reads `stage.data` and sets `stage.held_out` of its prompts aside."""
+def read_split(
+    context: Context,
+    equipment: Equipment,
+    stage: Any,
+    kind: str,
+    score: Score = "responses",
+    prepare: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
+) -> Read:
+    """Reads `stage.data`, `prepare`d as a whole, and sets `stage.held_out` of its prompts aside."""
     records = context.records("data", stage.data, kind)
+    if prepare is not None:
+        records = list(prepare(records))
     learned, held = split_by_prompt(records, held_out=stage.held_out, seed=context.seed("split"))
     made = convert(context, equipment, learned, stage.optim, "training", score)
     if not held:

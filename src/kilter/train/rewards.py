@@ -79,7 +79,7 @@ class RewardModel:
         found = {"rewards": rewards, "group": batch.tree.group}
         needed = f"the loss {self.name!r}"
         for name in REWARD_LOSSES[self.name].inputs:
-            if name in ("rank", "value", "error"):
+            if name in ("rank", "value", "error", "desirable"):
                 found[name] = extra(batch, name, needed)
             elif name == "margin":
                 margin = extra(batch, name, needed)
