@@ -77,14 +77,16 @@ def proportion(successes: float, n: int, *, confidence: float = 0.95) -> Interva
     """
     if n <= 0 or not 0 <= successes <= n:
         raise ValueError(f"{successes} of {n} is no proportion")
-    share, z = successes / n, _quantile(confidence, None)
+    return _wilson(successes / n, float(n), _quantile(confidence, None))._replace(n=n)
+
+
+def _wilson(share: float, n: float, z: float) -> Interval:
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     # The bounds are 0 and 1 exactly at the ends; rounding must not put the share outside of its own interval.
-    return Interval(
-        share, max(0.0, min(share, (centre - half) / scale)), min(1.0, max(share, (centre + half) / scale)), n
-    )
+    low, high = max(0.0, min(share, (centre - half) / scale)), min(1.0, max(share, (centre + half) / scale))
+    return Interval(share, low, high, round(n))
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], *, confidence: float = 0.95) -> Interval:
@@ -147,6 +149,60 @@ def cluster_bootstrap(
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(mean, float(low), float(high), len(array))
+
+
+def clustered_mean(
+    values: Sequence[float] | Floats, clusters: Sequence[Hashable] | Integers, *, confidence: float = 0.95
+) -> Interval:
+    """The mean with an interval that holds together what is of one cluster.
+
+        mean +- q s,   s^2 = C / (C - 1) sum_c (sum_{i in c} (x_i - mean))^2 / n^2
+
+    The mean is a ratio of sums over clusters, and this its linearised variance (Cochran 1977, section 6.4; Liang and
+    Zeger 1986); q is Student's with C - 1 degrees of freedom. With a value in each cluster it is `mean_interval`. One
+    cluster: infinite.
+
+    Args:
+        values: n finite numbers.
+        clusters: of each, for example the id of its prompt.
+    """
+    array, index = _finite(values), _indexed(values, clusters)
+    mean, number = float(array.mean()), int(index.max()) + 1
+    if number == 1:
+        return Interval(mean, -math.inf, math.inf, len(array))
+    half = _quantile(confidence, number - 1) * math.sqrt(_clustered_variance(array, index))
+    return Interval(mean, mean - half, mean + half, len(array))
+
+
+def clustered_share(
+    values: Sequence[float] | Floats, clusters: Sequence[Hashable] | Integers, *, confidence: float = 0.95
+) -> Interval:
+    """A share of values of 1, 1/2 and 0 in clusters: Wilson's interval of as many independent values as they are worth.
+
+        n* = p (1 - p) / s^2,   s^2 as in `clustered_mean`
+
+    Never more than n, and the number of clusters where all values are alike and s says nothing. With a value in each
+    cluster it is nearly `proportion`. Korn and Graubard 1998, Survey Methodology 24, use n* with another interval.
+    """
+    array, index = _finite(values), _indexed(values, clusters)
+    share, number = float(array.mean()), int(index.max()) + 1
+    if number == 1:
+        return Interval(share, 0.0, 1.0, len(array))
+    variance = _clustered_variance(array, index)
+    worth = min(float(len(array)), share * (1 - share) / variance) if variance > 0 else float(number)
+    z = _quantile(confidence, number - 1)
+    return _wilson(share, worth, z)._replace(n=len(array))
+
+
+def _clustered_variance(array: Floats, index: Integers) -> float:
+    sums = np.bincount(index, array - array.mean())
+    return len(sums) / (len(sums) - 1) * float(sums @ sums) / len(array) ** 2
+
+
+def _indexed(values: Sequence[float] | Floats, clusters: Sequence[Hashable] | Integers) -> Integers:
+    if len(clusters) != len(values):
+        raise ValueError(f"{len(values)} values and {len(clusters)} cluster names do not belong together")
+    return numbered(clusters.tolist() if isinstance(clusters, np.ndarray) else clusters)[0]
 
 
 def numbered(column: Iterable[Hashable]) -> tuple[Integers, tuple[Hashable, ...]]:
