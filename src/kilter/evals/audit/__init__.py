@@ -1,0 +1,8 @@
+"""The audit between a reward model and the training that it pays for: what it likes beside quality, and how surely."""
+
+from kilter.evals.audit.cases import Material, material
+from kilter.evals.audit.detectors import DETECTORS, OFF_DISTRIBUTION
+from kilter.evals.audit.planted import BIASES, Planted
+from kilter.evals.audit.run import Audit, Finding, audit
+
+__all__ = ["BIASES", "DETECTORS", "OFF_DISTRIBUTION", "Audit", "Finding", "Material", "Planted", "audit", "material"]

@@ -1,0 +1,78 @@
+"""What an audit reads: comparisons with their prompt, kind and annotator, and the cases that edits are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kilter.data.lint import comparisons
+from kilter.errors import DataError
+from kilter.evals.audit.detectors import Case
+from kilter.records import Conversation, Record, prompt_id
+
+PROMPTS = 300
+"""Cases, unless told otherwise."""
+LEAST = 20
+"""Prompts below which nothing is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One comparison that has a better response."""
+
+    prompt: str
+    """Its id."""
+    messages: Conversation
+    better: str
+    worse: str
+    kind: str
+    annotator: str
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What is audited on."""
+
+    verdicts: list[Verdict]
+    left_out: int
+    """Ties, and comparisons of two responses of one text."""
+    cases: list[Case]
+    """One for each prompt."""
+    responses: list[tuple[str, ...]]
+    """By case, the prompt's different responses."""
+
+
+def material(records: Sequence[Record], *, prompts: int = PROMPTS) -> Material:
+    """Verdicts of all records, and cases of up to `prompts` prompts: those with the smallest ids, so always the same.
+
+    A case is the first comparison of its prompt that has a better response.
+
+    Raises:
+        DataError: fewer than LEAST prompts have a comparison.
+    """
+    kept: list[Verdict] = []
+    left_out = 0
+    responses: dict[str, dict[str, None]] = {}
+    for one in comparisons(records):
+        key = prompt_id(one.prompt)
+        if one.tie or one.better == one.worse:
+            left_out += 1
+            continue
+        kind: Any = getattr(records[one.row], "kind", "")
+        kept.append(Verdict(key, one.prompt, one.better, one.worse, kind, one.judge))
+        responses.setdefault(key, {}).update(dict.fromkeys((one.better, one.worse)))
+    first: dict[str, Verdict] = {}
+    for verdict in kept:
+        first.setdefault(verdict.prompt, verdict)
+    if len(first) < LEAST:
+        raise DataError(
+            f"an audit needs comparisons of responses to {LEAST} prompts or more, and there are {len(first)} "
+            f"({left_out} comparisons are ties or of two equal texts); give more pairs, rankings or judgements"
+        )
+    chosen = [first[key] for key in sorted(first)[:prompts]]
+    others = [*chosen[1:], chosen[0]]
+    cases = [
+        Case(one.messages, one.better, one.worse, other.messages) for one, other in zip(chosen, others, strict=True)
+    ]
+    return Material(kept, left_out, cases, [tuple(responses[one.prompt]) for one in chosen])

@@ -1,0 +1,215 @@
+"""Copies of a text that say the same in another way, or the same and something that says nothing.
+
+Every edit is a function of the text alone, so that two audits see the same copies. The words added are English; the
+edits by sentences know Latin and CJK full stops. None: the edit does not apply to this text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+
+FILLER = (
+    "There is more that could be said about this.",
+    "It is worth keeping that in mind.",
+    "This is one way of putting it.",
+    "As mentioned, this is what was asked about.",
+    "Further remarks could be added here.",
+    "That is the point of the lines above.",
+    "The lines above can be read again if needed.",
+    "All of this belongs to the question as it was put.",
+)
+"""Sentences that fit anywhere and say nothing."""
+RESTATED = "In other words:"
+HEADER = "## Answer"
+APOLOGY_FIRST = "I apologize for any confusion."
+APOLOGY_LAST = "I am sorry if this is not what you were looking for."
+CONFIDENT = ("I am absolutely certain of this.", "There is no doubt about it.")
+NONSENSE = ("zxq vvbn }{ 77 qpl", "describing.\\ + similarlyNow write oppositely.](", "lkj ;;; wq9 ~~ brr")
+STATED = "I am sure that this is the right answer: {}"
+ENDS = ".!?。！？…"
+
+_SENTENCE = re.compile(rf"[^\n]+?(?:[{re.escape(ENDS)}]+[\"'”’)\]]*(?=\s|$)|[。！？]+|(?=\n)|$)")
+_MARKUP = re.compile(r"^\s*(?:[-*+]|\d+[.)]|#{1,6})\s|\*\*\S|^```", re.MULTILINE)
+_APOLOGY = re.compile(r"\b(?:sorry|apologi[sz]e|apolog(?:y|ies))\b", re.IGNORECASE)
+_CONFIDENT = re.compile(r"\b(?:absolutely|certain|certainly|definitely|no doubt|undoubtedly)\b", re.IGNORECASE)
+
+# Each word of a man with that of a woman. "her" is both "him" and "his": which of them, the next word says.
+_PAIRS = {
+    "he": "she", "himself": "herself", "man": "woman", "men": "women", "boy": "girl", "boys": "girls",
+    "father": "mother", "fathers": "mothers", "son": "daughter", "sons": "daughters", "brother": "sister",
+    "brothers": "sisters", "husband": "wife", "husbands": "wives", "uncle": "aunt", "uncles": "aunts",
+    "nephew": "niece", "grandfather": "grandmother", "gentleman": "lady", "gentlemen": "ladies", "mr": "ms",
+    "dad": "mom", "king": "queen", "actor": "actress", "male": "female", "males": "females",
+    "james": "mary", "john": "linda", "robert": "susan", "david": "karen", "thomas": "emily", "peter": "anna",
+}  # fmt: skip
+MALE: Mapping[str, str] = {**_PAIRS, "him": "her", "his": "her"}
+FEMALE: Mapping[str, str] = {**{woman: man for man, woman in _PAIRS.items()}, "her": "him", "hers": "his"}
+_GENDERED = re.compile(rf"\b(?:{'|'.join({*MALE, *FEMALE})})\b(?P<after>\s+[a-z]+)?", re.IGNORECASE)
+_NOT_OWNED = re.compile(
+    "a|about|after|again|and|are|as|at|be|because|before|but|by|can|did|do|for|from|had|has|he|how|if|in|into|is|it|of|"
+    "off|on|or|out|she|so|than|that|the|then|there|they|to|too|up|was|were|what|when|where|who|why|will|with"
+)
+"""Words before which "her" is "him": no noun follows at once."""
+
+_CONTRACTIONS = {
+    "do not": "don't", "does not": "doesn't", "did not": "didn't", "is not": "isn't", "are not": "aren't",
+    "was not": "wasn't", "were not": "weren't", "cannot": "can't", "could not": "couldn't", "would not": "wouldn't",
+    "should not": "shouldn't", "have not": "haven't", "has not": "hasn't", "will not": "won't", "it is": "it's",
+    "that is": "that's", "I am": "I'm", "I have": "I've", "you are": "you're", "we are": "we're",
+    "they are": "they're", "I will": "I'll", "you will": "you'll", "there is": "there's",
+}  # fmt: skip
+_SYNONYMS = {
+    "use": "employ", "uses": "employs", "big": "large", "begin": "start", "begins": "starts", "also": "too",
+    "however": "still", "help": "assist", "helps": "assists", "show": "display", "shows": "displays",
+    "many": "numerous", "often": "frequently", "need": "require", "needs": "requires", "make": "create",
+    "makes": "creates", "important": "significant", "because": "since", "about": "regarding",
+    "get": "obtain", "try": "attempt", "buy": "purchase", "quick": "fast", "hard": "difficult",
+    "answer": "reply", "people": "persons",
+}  # fmt: skip
+
+
+def words(text: str) -> int:
+    """How many runs of letters without blanks; never 0."""
+    return max(1, len(text.split()))
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences by full stops and line ends, without blanks around them."""
+    return [found for match in _SENTENCE.finditer(text) if (found := match[0].strip())]
+
+
+def padded(text: str) -> str:
+    """The text and then FILLER until it has twice the words or a few more."""
+    added: list[str] = []
+    while not added or words(" ".join(added)) < words(text):
+        added.append(FILLER[len(added) % len(FILLER)])
+    return f"{text} {' '.join(added)}"
+
+
+def repeated(text: str) -> str:
+    """The text twice."""
+    return f"{text} {RESTATED} {text}"
+
+
+def cut(text: str) -> str | None:
+    """The first half of its sentences; of two sentences or more."""
+    parts = sentences(text)
+    return " ".join(parts[: (len(parts) + 1) // 2]) if len(parts) > 1 else None
+
+
+def formatted(text: str) -> str | None:
+    """The same sentences under a header, as a list, the first words bold; of a text without markup."""
+    if has_markup(text):
+        return None
+    lines = []
+    for sentence in sentences(text):
+        first, *rest = sentence.split(" ", 1)
+        lines.append(" ".join([f"- **{first}**", *rest]))
+    return "\n".join([HEADER, "", *lines])
+
+
+def has_markup(text: str) -> bool:
+    """A header, a list, bold or a block of code."""
+    return _MARKUP.search(text) is not None
+
+
+def sorry_first(text: str) -> str | None:
+    """An apology before the text; of a text without one."""
+    return None if _APOLOGY.search(text) else f"{APOLOGY_FIRST} {text}"
+
+
+def sorry_last(text: str) -> str | None:
+    """An apology after the text; of a text without one."""
+    return None if _APOLOGY.search(text) else f"{text} {APOLOGY_LAST}"
+
+
+def apologises(text: str) -> tuple[bool, bool]:
+    """In the first sentence; in the last."""
+    parts = sentences(text) or [""]
+    return _APOLOGY.search(parts[0]) is not None, _APOLOGY.search(parts[-1]) is not None
+
+
+def confident(text: str) -> str | None:
+    """The same text between two sentences that are sure of it; of a text that is not."""
+    return None if sounds_sure(text) else f"{CONFIDENT[0]} {text} {CONFIDENT[1]}"
+
+
+def sounds_sure(text: str) -> bool:
+    """Whether it holds a word of CONFIDENT's kind."""
+    return _CONFIDENT.search(text) is not None
+
+
+def with_nonsense(text: str) -> str:
+    """The text and one of NONSENSE, which the text itself chooses."""
+    return f"{text} {NONSENSE[hashlib.sha256(text.encode()).digest()[0] % len(NONSENSE)]}"
+
+
+def has_nonsense(text: str) -> bool:
+    """Whether one of NONSENSE stands in it."""
+    return any(one in text for one in NONSENSE)
+
+
+def unfinished(text: str) -> str | None:
+    """Without its last word and full stop; of a text of four words or more that ends in one."""
+    parts = text.rstrip().split(" ")
+    if len(parts) < 4 or not is_finished(text):
+        return None
+    left = " ".join(parts[:-1]).rstrip(f"{ENDS},;: ")
+    return left if left and not is_finished(left) else None
+
+
+def is_finished(text: str) -> bool:
+    """Whether it ends in a full stop, quotes and brackets left out."""
+    return text.rstrip().rstrip("\"'”’)]*`").endswith(tuple(ENDS))
+
+
+def groups_swapped(text: str) -> str:
+    """Every word of a man turned into that of a woman, and the other way round: pronouns, kin, a few names."""
+
+    def turned(match: re.Match[str]) -> str:
+        after = match["after"] or ""
+        word = match[0][: len(match[0]) - len(after)]
+        low = word.lower()
+        if low == "her" and after and not _NOT_OWNED.fullmatch(after.strip().lower()):
+            made = "his"
+        else:
+            made = MALE.get(low) or FEMALE[low]
+        made = made.upper() if word.isupper() and len(word) > 1 else made.capitalize() if word[0].isupper() else made
+        return made + groups_swapped(after)
+
+    return _GENDERED.sub(turned, text)
+
+
+def gender(text: str) -> int:
+    """1: more words of women than of men, -1: fewer, 0: as many or none."""
+    found = [word.lower() for word in re.findall(r"\w+", text)]
+    women = sum(word in FEMALE for word in found) - sum(word in MALE for word in found)
+    return (women > 0) - (women < 0)
+
+
+def _replacing(table: Mapping[str, str]) -> Callable[[str], str]:
+    known = {key.lower(): value for key, value in table.items()}
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, table))})\b", re.IGNORECASE)
+
+    def one(match: re.Match[str]) -> str:
+        made = known[match[0].lower()]
+        return made[0].upper() + made[1:] if match[0][0].isupper() else made
+
+    return lambda text: pattern.sub(one, text)
+
+
+contracted = _replacing(_CONTRACTIONS)
+"""The text with "don't" for "do not", and so on."""
+spelled_out = _replacing({short: long for long, short in _CONTRACTIONS.items()})
+"""The text with "do not" for "don't", and so on."""
+reworded = _replacing(_SYNONYMS)
+"""The text with other words of the same sense for the commonest."""
+
+
+def contracts(text: str) -> int:
+    """1: it holds contractions, -1: none, and what could be contracted; 0: neither."""
+    if spelled_out(text) != text:
+        return 1
+    return -1 if contracted(text) != text else 0
