@@ -35,8 +35,12 @@ SIZES = (0.3, 1.0)
 """Of a planted bias, in standard deviations of the clean reward for one unit of its property."""
 OFF_SIZES = (0.5, 1.5)
 """Of over-confidence off distribution: how many times larger gaps become, less one."""
-POPULATION = 1500
-"""Prompts on which the true size of an effect is taken."""
+POPULATION = 6000
+"""Prompts on which the true size of an effect is taken: 20 times those of an audit, so that its own error is small."""
+UNSEEN = 987654321
+"""The seed of those prompts: no audit sees them."""
+EDITED = 1500
+"""Of them, those whose edits are scored: without noise they hardly differ."""
 TOPICS = ("garden", "bridge", "market", "harbour", "library", "railway", "kitchen", "festival", "orchard", "museum")
 FRAMES = (
     "{subject} should look at {fact} first.",
@@ -93,13 +97,22 @@ def pairs(scorer: Clean, seed: int, number: int) -> list[PreferencePair]:
     """Prompts with two responses each, and the verdict of somebody who sees quality as Bradley-Terry says."""
     generator = np.random.default_rng((seed, number))
     made = []
-    for place in range(number):
-        topic = str(generator.choice(TOPICS))
-        prompt = (Message("user", f"Question {place}: how do we care for the {topic}?"),)
-        one, other = (_response(generator, topic) for _ in range(2))
+    for prompt, one, other in texts(seed, number):
         better = generator.random() < 1 / (1 + np.exp(scorer.quality(other) - scorer.quality(one)))
         chosen, rejected = (one, other) if better else (other, one)
-        made.append(PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected))
+        made.append(PreferencePair(prompt=(Message("user", prompt),), chosen=chosen, rejected=rejected))
+    return made
+
+
+@functools.lru_cache(maxsize=2)
+def texts(seed: int, number: int) -> list[tuple[str, str, str]]:
+    """Prompts with two responses each."""
+    generator = np.random.default_rng((seed, number, 1))
+    made = []
+    for place in range(number):
+        topic = str(generator.choice(TOPICS))
+        prompt = f"Question {place}: how do we care for the {topic}?"
+        made.append((prompt, _response(generator, topic), _response(generator, topic)))
     return made
 
 
@@ -135,7 +148,7 @@ def true_effect(name: str, planted: Scorer, without_noise: Scorer, found: Materi
             )
         )
         return ratio(other, own).value
-    rows: list[Contrast] = [row for case in found.cases for row in DETECTORS[name].contrasts(case)]
+    rows: list[Contrast] = [row for case in found.cases[:EDITED] for row in DETECTORS[name].contrasts(case)]
     rewards.ask(sample for row in rows for _, sample in row.terms)
     changes = np.array([sum(weight * (rewards(sample) or 0.0) for weight, sample in row.terms) for row in rows])
     sizes = np.array([row.size for row in rows])
@@ -151,7 +164,7 @@ def one(name: str, seed: int, prompts: int) -> dict[str, Any]:
     if name == "clean":
         told = audit(clean, found)
         return {"bias": name, "seed": seed, "failed": list(told.failed), "more": more}
-    many = material(pairs(clean, seed, POPULATION), prompts=POPULATION)
+    many = material(pairs(clean, UNSEEN, POPULATION), prompts=POPULATION)
     size = float(generator.uniform(*(OFF_SIZES if name == OFF_DISTRIBUTION else SIZES)))
     if name in DETECTORS and DETECTORS[name].direction == "both":
         size *= float(generator.choice([-1, 1]))
@@ -197,6 +210,7 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path)
     options.add_argument("--table", action="store_true", help="of a file written before")
+    options.add_argument("--only", nargs="*", default=("clean", *BIASES), help="some of them")
     told = options.parse_args()
     if told.table:
         print(table(json.loads(told.out.read_text())))
@@ -204,7 +218,7 @@ def main() -> None:
     rows = []
     wanted = [("clean", told.clean), *((name, told.planted) for name in BIASES)]
     for place, (name, number) in enumerate(wanted):
-        for at in range(number):
+        for at in range(number if name in told.only else 0):
             rows.append(one(name, told.seed * 100_000 + place * 1000 + at, told.prompts))
         print(f"{name}: {number} rewards", flush=True)
         drawn.cache_clear()

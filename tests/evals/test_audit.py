@@ -12,10 +12,23 @@ import statsmodels.api as sm
 from statsmodels.stats.multitest import multipletests
 
 from kilter.errors import DataError
-from kilter.evals.audit import BIASES, DETECTORS, OFF_DISTRIBUTION, Material, Planted, audit, edits, material
+from kilter.evals.audit import (
+    BIASES,
+    DETECTORS,
+    OFF_DISTRIBUTION,
+    Material,
+    Planted,
+    Rewards,
+    audit,
+    best_of,
+    edits,
+    likes,
+    material,
+    style_matrix,
+)
 from kilter.evals.audit.detectors import Case
 from kilter.evals.audit.effects import Effect, Spread, holm, in_spreads, ratio, slope, spread_of, within
-from kilter.records import Judgement, Message, PreferencePair, Sample, Score
+from kilter.records import Judgement, Message, PreferencePair, Ranking, Sample, Score
 
 TEXTS = (
     "He is not sure. It is hard to help people who do not ask, his friends say.",
@@ -234,10 +247,25 @@ def test_judges_and_cases() -> None:
     made = material(rows, prompts=25)
     assert len(made.cases) == 25 and made.left_out == 30 and len(made.verdicts) == 60
     assert {len(texts) for texts in made.responses} == {2}
+    assert set(made.merits) == {(0.0, 0.0)}  # one said so, one the opposite
     assert all(case.foreign != case.prompt for case in made.cases)
     told = audit(ByText(), made)
     assert told.by_annotator["good"].mean > 0.9 and told.by_annotator["bad"].mean < 0.1
     assert told.calibration.accuracy.mean == 0.5
+
+
+def test_length_beside_the_verdicts() -> None:
+    """A reward of merit alone, with longer answers the better ones: raw has a slope, partial has none."""
+    rows = []
+    for at in range(60):
+        prompt = (Message("user", f"Question {at}?"),)
+        worse, better = (
+            f"{word} {at}" + " more" * (5 * won + (7 * at + won) % 6) for won, word in enumerate(("no", "right"))
+        )
+        rows.append(PreferencePair(prompt=prompt, chosen=better, rejected=worse))
+    told = audit(ByText(lambda sample: 2.0 * ("right" in sample.text)), material(rows)).length
+    assert told["raw"].low > 0.2
+    assert told["partial"].mean == pytest.approx(0, abs=1e-9)
 
 
 def test_refused(found: Material) -> None:
@@ -247,3 +275,47 @@ def test_refused(found: Material) -> None:
         audit(ByText(lambda sample: 1.0), found)
     with pytest.raises(KeyError):
         Planted(ByText(), "none", 1.0)
+
+
+def test_the_style_matrix_by_hand() -> None:
+    """Right answers are worth 1, 2, 3 by style, wrong ones 0.5, 1, 4."""
+    texts, ranks = ("1", "2", "3", "0.5", "1.0", "4"), (0, 0, 0, 1, 1, 1)
+    rows = [Ranking(prompt=(Message("user", f"{at}?"),), responses=texts, ranks=ranks) for at in range(30)]
+    found = style_matrix(rows, lambda sample: float(sample.text))
+    assert found is not None
+    told = {one: {other: cell["mean"] for other, cell in row.items()} for one, row in found["accuracy"].items()}
+    assert told == {
+        "plain": {"plain": 1.0, "verbose": 0.5, "formatted": 0.0},
+        "verbose": {"plain": 1.0, "verbose": 1.0, "formatted": 0.0},
+        "formatted": {"plain": 1.0, "verbose": 1.0, "formatted": 0.0},
+    }
+    assert found["easy"]["mean"] == 1.0
+    assert found["normal"]["mean"] == pytest.approx(2 / 3)
+    assert found["hard"]["mean"] == pytest.approx(0.5 / 3)
+    assert style_matrix(rows[:0], lambda sample: 0.0) is None
+
+
+def test_what_it_likes_in_words(found: Material) -> None:
+    """A reward that counts the letters e: each word moves it by its own, and the first by nothing known."""
+    scorer = ByText(lambda sample: sample.text.count("e"))
+    rewards = Rewards(scorer)
+    audit(scorer, found, rewards=rewards)
+    told = likes(scorer, found, rewards)
+    assert len(told["top"]) == len(told["bottom"]) == 5
+    assert told["top"][0]["reward"] == max(text.count("e") for texts in found.responses for text in texts)
+    assert told["bottom"][0]["reward"] == min(text.count("e") for texts in found.responses for text in texts)
+    words = told["top"][0]["words"]
+    assert words[0][1] is None
+    assert all(moved == word.count("e") for word, moved in words[1:])
+    assert " ".join(word for word, _ in words) == told["top"][0]["answer"]
+
+
+def test_best_of_by_hand() -> None:
+    scorer = ByText(lambda sample: float(sample.text))
+    rewards = Rewards(scorer)
+    prompt = (Message("user", "?"),)
+    row = Ranking(prompt=prompt, responses=("1", "2", "3", "4"), ranks=(1, 0, 1, 2))
+    rewards.ask([Sample(prompt, text) for text in "1234"])
+    proxy, gold = best_of([row, Ranking(prompt=prompt, responses=("1", "2"), ranks=(0, 1))], rewards)
+    assert proxy == [[1.0, 2.0, 3.0, 4.0]]
+    assert gold == [pytest.approx([0.5, 1.0, 0.5, 0.0])]

@@ -30,7 +30,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Train": {
         "sft": ("train", "supervised fine-tuning on demonstrations"),
-        "reward": ("train", "reward model from pairs or rankings"),
+        "reward": ("train", "reward model from pairs or rankings; `reward audit MODEL` audits one"),
         "prefer": ("train", "preference optimisation: DPO and its family"),
         "losses": ("losses", "the preference losses: formula, source, options, when to use which"),
         "rl": ("train", "reinforcement learning from a reward: PPO"),

@@ -1,10 +1,13 @@
-"""`kilter sft | reward | prefer | rl | eval`: one stage as a run of its own; `kilter prefer --online` another kind."""
+"""`kilter sft | reward | prefer | rl | eval`: one stage as a run of its own; `kilter prefer --online` another kind.
+
+`kilter reward audit` audits what one has made."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from kilter.cli import audit
 from kilter.cli.execute import execute
 from kilter.cli.options import RunOptions, config_file, parse, partial, stage_of, stage_values, with_run_options
 from kilter.config import STAGES, Recipe
@@ -22,6 +25,8 @@ EXAMPLES = {
 
 def run(command: str, argv: list[str]) -> int:
     """Build a recipe of one stage from a YAML file and the options on top, and run it."""
+    if command == "reward" and argv[:1] == ["audit"]:
+        return audit.run(argv[1:])
     path, words = config_file(argv)
     prog = f"kilter {command}"
     if command == "prefer" and "--online" in words:

@@ -204,6 +204,9 @@ class OnlineStage(_WithLoss):
     pairs: Possible = NOTHING
     """Held-out pairs on which the reward must prefer the better answer, or training is refused. Default: those that
     the reward stage kept aside; for a rule sheet or a function none, and nothing is checked."""
+    audit: Literal["heed", "ignore"] = "heed"
+    """What to do about a reward model's audit (`kilter reward audit`): training is refused when it failed or is of
+    other weights, unless it is ignored. A model without one is warned of."""
     rounds: Annotated[int, Field(gt=0)] = 50
     """How many times the policy is sampled."""
     prompts_per_round: Annotated[int, Field(gt=0)] = 64
@@ -245,6 +248,9 @@ class RlStage(Stage):
     pairs: Possible = NOTHING
     """Held-out pairs on which the reward must prefer the better answer, or training is refused. Default: those that
     the reward stage kept aside; for a rule sheet or a function none, and nothing is checked."""
+    audit: Literal["heed", "ignore"] = "heed"
+    """What to do about a reward model's audit (`kilter reward audit`): training is refused when it failed or is of
+    other weights, unless it is ignored. A model without one is warned of."""
     rollouts: Annotated[int, Field(gt=0)] = 50
     """How many times the policy is sampled."""
     prompts_per_rollout: Annotated[int, Field(gt=0)] = 64

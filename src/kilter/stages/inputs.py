@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from kilter.config import Recipe, stage_inputs
@@ -10,6 +11,8 @@ from kilter.scorers.load import load_function
 from kilter.scorers.sheet import is_sheet, load_rules
 from kilter.stages.context import FUNCTION
 
+AUDIT = "audit.json"
+"""What `kilter reward audit` leaves in a model's folder."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
 
 
@@ -30,13 +33,19 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
             named = load_function(value) if FUNCTION.fullmatch(value) else value
             path = Path(named) if isinstance(named, str | Path) else None
             if path is not None and path.is_file():
-                found[value] = _digest([path])
+                found[value] = file_hash([path])
             elif path is not None and path.is_dir():
-                found[value] = _digest(sorted({file for pattern in MODEL_FILES for file in path.glob(pattern)}))
+                found[value] = folder_hash(path)
     return found
 
 
-def _digest(files: list[Path]) -> str:
+def folder_hash(folder: Path) -> str:
+    """SHA-256 of a model folder's weights, configuration and tokenizer, with their names; its audit is none of them."""
+    return file_hash(sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)} - {folder / AUDIT}))
+
+
+def file_hash(files: Sequence[Path]) -> str:
+    """SHA-256 of files with their names."""
     whole = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

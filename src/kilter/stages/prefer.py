@@ -18,6 +18,7 @@ from kilter.models.save import save_causal_lm
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt
 from kilter.rollout.pairs import PairSource
+from kilter.stages.audit import check_audit
 from kilter.stages.collect import sampling_of
 from kilter.stages.context import Context
 from kilter.stages.heaviest import write_heaviest
@@ -162,7 +163,9 @@ def run_online(context: Context, stage: OnlineStage) -> Figures:
     objective = objective_of(stage)
     equipment = equip(context, stage.model)
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
-    scorer = scorer_of(reward_of(context, stage.reward), combine=stage.combine, dtype=compute_dtype(stage.precision))
+    reward = reward_of(context, stage.reward)
+    audited = check_audit(context, stage, reward)
+    scorer = scorer_of(reward, combine=stage.combine, dtype=compute_dtype(stage.precision))
     trunk, sync = _trunk(context, stage, objective, equipment)
     accuracy = check_reward(context, stage, scorer, prompts)
     gap = check_trunk(context, trunk, "policy", prompt_groups(equipment, prompts), stage.precision)
@@ -203,6 +206,7 @@ def run_online(context: Context, stage: OnlineStage) -> Figures:
     found: Figures = {
         "both_ways_gap": gap,
         "reward_accuracy": accuracy,
+        "reward_audit": audited,
         "steps": state.step,
         "stopped": source.stopped,
         "dropped": source.num_dropped,

@@ -19,6 +19,7 @@ from kilter.rollout.ppo import PPOSource
 from kilter.rollout.reward import paid_rewards
 from kilter.rollout.source import Verdict
 from kilter.scorers.check import check_scorer
+from kilter.stages.audit import check_audit
 from kilter.stages.collect import sampling_of
 from kilter.stages.context import Context
 from kilter.stages.rewards import HELD_OUT
@@ -35,6 +36,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     equipment = equip(context, stage.model)
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
     reward = reward_of(context, stage.reward)
+    audited = check_audit(context, stage, reward)
     dtype = compute_dtype(stage.precision)
     scorer = scorer_of(reward, combine=stage.combine, dtype=dtype)
     numbers = stage.ppo
@@ -100,6 +102,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     return {
         "both_ways_gap": gap,
         "reward_accuracy": accuracy,
+        "reward_audit": audited,
         "steps": state.step,
         "stopped": source.stopped,
         "dropped": source.num_dropped,

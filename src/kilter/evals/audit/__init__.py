@@ -2,7 +2,23 @@
 
 from kilter.evals.audit.cases import Material, material
 from kilter.evals.audit.detectors import DETECTORS, OFF_DISTRIBUTION
+from kilter.evals.audit.likes import best_of, likes
 from kilter.evals.audit.planted import BIASES, Planted
-from kilter.evals.audit.run import Audit, Finding, audit
+from kilter.evals.audit.run import Audit, Finding, Rewards, audit
+from kilter.evals.audit.style import style_matrix
 
-__all__ = ["BIASES", "DETECTORS", "OFF_DISTRIBUTION", "Audit", "Finding", "Material", "Planted", "audit", "material"]
+__all__ = [
+    "BIASES",
+    "DETECTORS",
+    "OFF_DISTRIBUTION",
+    "Audit",
+    "Finding",
+    "Material",
+    "Planted",
+    "Rewards",
+    "audit",
+    "best_of",
+    "likes",
+    "material",
+    "style_matrix",
+]

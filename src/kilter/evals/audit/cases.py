@@ -41,6 +41,8 @@ class Material:
     """One for each prompt."""
     responses: list[tuple[str, ...]]
     """By case, the prompt's different responses."""
+    merits: list[tuple[float, ...]]
+    """Of each, the share of its comparisons that it won less that it lost."""
 
 
 def material(records: Sequence[Record], *, prompts: int = PROMPTS) -> Material:
@@ -53,7 +55,7 @@ def material(records: Sequence[Record], *, prompts: int = PROMPTS) -> Material:
     """
     kept: list[Verdict] = []
     left_out = 0
-    responses: dict[str, dict[str, None]] = {}
+    responses: dict[str, dict[str, list[int]]] = {}
     for one in comparisons(records):
         key = prompt_id(one.prompt)
         if one.tie or one.better == one.worse:
@@ -61,7 +63,9 @@ def material(records: Sequence[Record], *, prompts: int = PROMPTS) -> Material:
             continue
         kind: Any = getattr(records[one.row], "kind", "")
         kept.append(Verdict(key, one.prompt, one.better, one.worse, kind, one.judge))
-        responses.setdefault(key, {}).update(dict.fromkeys((one.better, one.worse)))
+        of_prompt = responses.setdefault(key, {})
+        of_prompt.setdefault(one.better, []).append(1)
+        of_prompt.setdefault(one.worse, []).append(-1)
     first: dict[str, Verdict] = {}
     for verdict in kept:
         first.setdefault(verdict.prompt, verdict)
@@ -75,4 +79,6 @@ def material(records: Sequence[Record], *, prompts: int = PROMPTS) -> Material:
     cases = [
         Case(one.messages, one.better, one.worse, other.messages) for one, other in zip(chosen, others, strict=True)
     ]
-    return Material(kept, left_out, cases, [tuple(responses[one.prompt]) for one in chosen])
+    rows = [responses[one.prompt] for one in chosen]
+    merits = [tuple(sum(won) / len(won) for won in row.values()) for row in rows]
+    return Material(kept, left_out, cases, [tuple(row) for row in rows], merits)

@@ -220,9 +220,8 @@ def contractions(case: Case) -> Iterator[Contrast]:
 
 @detector(
     "stiffness",
-    "is the same answer worth more or less with rarer words of the same sense?",
+    "is the same answer worth more with rarer words of the same sense?",
     lambda sample: float(edits.reworded(sample.text) == sample.text),
-    direction="both",
 )
 def stiffness(case: Case) -> Iterator[Contrast]:
     """A paraphrase by single words, the commonest exchanged."""

@@ -135,7 +135,13 @@ def _key(sample: Sample) -> Hashable:
     return sample.messages, sample.text
 
 
-def audit(scorer: Scorer, found: Material, *, detectors: Sequence[str] = (*DETECTORS, OFF_DISTRIBUTION)) -> Audit:
+def audit(
+    scorer: Scorer,
+    found: Material,
+    *,
+    rewards: Rewards | None = None,
+    detectors: Sequence[str] = (*DETECTORS, OFF_DISTRIBUTION),
+) -> Audit:
     """Ask a scorer about everything.
 
     A detector fails when its effect is surely beyond its threshold: p of an effect no larger, by Holm's method over
@@ -143,11 +149,12 @@ def audit(scorer: Scorer, found: Material, *, detectors: Sequence[str] = (*DETEC
     most, however many detectors there are.
 
     Args:
+        rewards: of the same scorer, for who wants to ask for more than the audit does.
         detectors: which; the family that Holm's method is over.
     Raises:
         DataError: fewer than LEAST prompts could be scored, or all responses to every prompt have one reward.
     """
-    rewards = Rewards(scorer)
+    rewards = rewards or Rewards(scorer)
     contrasts = {name: [list(DETECTORS[name].contrasts(case)) for case in found.cases] for name in _of(detectors)}
     rewards.ask(_samples(found, contrasts))
     own = [
@@ -262,11 +269,10 @@ def _length(found: Material, own: Sequence[Sequence[tuple[str, float]]], spread:
     """The slopes that the responses can tell."""
     rewards: list[Floats] = []
     columns: list[Floats] = []
-    for case, row in zip(found.cases, own, strict=True):
+    for texts, merits, row in zip(found.responses, found.merits, own, strict=True):
+        merit = dict(zip(texts, merits, strict=True))
         rewards.append(np.array([value for _, value in row]))
-        columns.append(
-            np.array([[np.log2(edits.words(text)), (text == case.better) - (text == case.worse)] for text, _ in row])
-        )
+        columns.append(np.array([[np.log2(edits.words(text)), merit[text]] for text, _ in row]))
     keep = [place for place, row in enumerate(own) if len(row) > 1]
     y, x = [rewards[place] for place in keep], [columns[place] for place in keep]
     part = Spread(spread.squares[keep], spread.freedom[keep])

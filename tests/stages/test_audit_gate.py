@@ -1,0 +1,167 @@
+"""`kilter reward audit` on a real reward model, its page, and the gate before training that reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+
+import kilter
+from kilter.cli import main
+from kilter.errors import CheckError
+from kilter.report.audit import audit_page
+from kilter.rundir import read_jsonl, write_json
+from kilter.stages.inputs import AUDIT, fingerprints, folder_hash
+
+BASE = "kilter.world:MODEL_PATH"
+
+
+@pytest.fixture
+def reward(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the small run's reward model, with the pairs that it was not trained on beside it."""
+    shutil.copytree(finished / "stages" / "03-reward" / "result", tmp_path / "reward")
+    shutil.copy(finished / "stages" / "03-reward" / "held_out.jsonl", tmp_path / "pairs.jsonl")
+    return tmp_path / "reward"
+
+
+def told_of(reward: Path, *words: str) -> dict[str, Any]:
+    main(["reward", "audit", str(reward), "--data", str(reward.parent / "pairs.jsonl"), *words])
+    folder = Path(words[words.index("--out") + 1]) if "--out" in words else reward
+    found: dict[str, Any] = json.loads((folder / AUDIT).read_text())
+    return found
+
+
+def rl(reward: Path, **changes: Any) -> dict[str, Any]:
+    pairs = str(reward.parent / "pairs.jsonl")
+    stage = {**small.RL, "model": BASE, "reward": str(reward), "pairs": pairs, "rollouts": 1, "snapshots": 0}
+    return {"name": "gate", "threads": 1, "stages": {"ppo": stage | changes}}
+
+
+def said(told: dict[str, Any], reward: Path, **changes: Any) -> None:
+    write_json(reward / AUDIT, told | changes)
+
+
+def test_an_audit_stands_in_the_models_folder(reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = folder_hash(reward)
+    told = told_of(reward)
+    shown = capsys.readouterr().out
+    assert told["weights"] == before == folder_hash(reward)  # its audit is no part of a model
+    assert told["data"]["comparisons"] == len(read_jsonl(tmp_path / "pairs.jsonl")) == told["calibration"]["pairs"]
+    assert {one["name"] for one in told["detectors"]} >= {"padding", "sycophancy", "groups"}
+    assert "padding" in shown and str(reward / "audit.html") in shown
+    again = told_of(reward, "--out", str(tmp_path / "again"), "--as-json")
+    assert again == told == json.loads(capsys.readouterr().out)
+    words = ["rl", "--model", BASE, "--reward", str(reward), "--prompts", "p"]
+    assert main([*words, "--audit", "ignored"]) == 2
+
+
+def test_the_exit_code_says_whether_it_passed(reward: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reward for few words fails: of the accuracy, or because it likes what is cut."""
+    words = ["--data", str(reward.parent / "pairs.jsonl"), "--out", str(reward.parent / "to")]
+    assert main(["reward", "audit", f"{__name__}:brief", *words]) == 1
+    told = json.loads((reward.parent / "to" / AUDIT).read_text())
+    assert "brevity" in told["failed"] and told["weights"] is None
+    assert "FAILED brevity" in capsys.readouterr().out
+
+
+def brief(samples: Any) -> list[float]:
+    """The fewer words the better."""
+    return [-float(len(sample.text.split())) for sample in samples]
+
+
+class Links(HTMLParser):
+    """What a page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [f"{tag} {key}" for key, _ in attrs if key in ("src", "href", "onload", "onclick", "style")]
+
+
+def test_the_page_is_one_file_and_escapes_every_text(reward: Path) -> None:
+    bad = "<script>alert(1)</script>\u202e"
+    told = told_of(reward)
+    told["model"] = told["data"]["path"] = bad
+    told["failed"], told["passed"] = [bad], False
+    told["by_annotator"] = {bad: told["calibration"]["accuracy"]}
+    told["likes"]["top"][0] |= {"prompt": bad, "answer": bad, "words": [[bad, 99.0], [bad, None]]}
+    told["best_of_n"] = [{"n": 1, "kl": 0.0, "reward": told["calibration"]["accuracy"], "beats": None}]
+    accuracy = {"plain": {"plain": told["calibration"]["accuracy"]}}
+    told["style"] = {"accuracy": accuracy, **dict.fromkeys(("easy", "normal", "hard"), told["calibration"]["brier"])}
+    page = audit_page(told)
+    links = Links()
+    links.feed(page)
+    assert "script" not in links.tags and not links.loads
+    assert "&lt;script&gt;" in page and "\u202e" not in page
+    assert links.tags.count("circle") == len(told["calibration"]["reliability"])
+    assert re.search(r"Content-Security-Policy\" content=\"default-src &#39;none&#39;", page)
+    assert "Failed: " in page and "Best of n" in page and "Style against substance" in page
+    assert page == audit_page(told)
+
+
+def test_wrong_use(reward: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = str(reward.parent / "pairs.jsonl")
+    for words, part in [
+        ([], "the model comes first"),
+        (["--data", pairs], "the model comes first"),
+        ([str(reward)], "--data must be given"),
+        (["some/model", "--data", pairs], "say where with --out"),
+        ([str(reward), "--data", pairs, "--prompts", "3"], "prompts is 3"),
+    ]:
+        if words:
+            assert main(["reward", "audit", *words]) == 2
+            assert part in capsys.readouterr().err
+
+
+def test_the_gate(reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Warned of without an audit; refused when it failed, naming what, or is of other weights; unless ignored."""
+    done = kilter.align(rl(reward), out=tmp_path / "none").stage(1, "ppo").done
+    assert done is not None and done["reward_audit"] == "none"
+    assert "was never audited" in " ".join(capsys.readouterr().err.split())
+    told = told_of(reward)
+    said(told, reward, passed=True, failed=[])
+    done = kilter.align(rl(reward), out=tmp_path / "passed").stage(1, "ppo").done
+    assert done is not None and done["reward_audit"] == "passed"
+    said(told, reward, passed=False, failed=["padding", "groups"])
+    with pytest.raises(CheckError, match=r"stages.ppo.reward: .*failed its audit: padding, groups; .*audit: ignore"):
+        kilter.align(rl(reward), out=tmp_path / "failed")
+    done = kilter.align(rl(reward, audit="ignore"), out=tmp_path / "ignored").stage(1, "ppo").done
+    assert done is not None and done["reward_audit"] == "failed"
+    assert "trained on nevertheless" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"weights": "0" * 64}, "for other weights"),
+        ({"version": 0}, "is of version 0"),
+        ({"failed": None}, "cannot be"),
+    ],
+)
+def test_an_audit_of_something_else_is_refused_online(
+    changes: dict[str, Any], match: str, reward: Path, tmp_path: Path
+) -> None:
+    told = {"version": 1, "weights": folder_hash(reward), "passed": True, "failed": []}
+    said(told, reward, **changes)
+    online = small.recipe()["stages"]["online"] | {"model": BASE, "reward": str(reward), "sync_every": 0}
+    with pytest.raises(CheckError, match=match):
+        kilter.align({"name": "gate", "threads": 1, "stages": {"online": online}}, out=tmp_path / "run")
+
+
+def test_an_audit_does_not_make_a_run_another_one(reward: Path) -> None:
+    recipe = kilter.recipe(rl(reward))
+    before = fingerprints(recipe)
+    (reward / AUDIT).write_text("{}")
+    assert fingerprints(recipe) == before
+    (reward / "config.json").write_text("{}")
+    assert fingerprints(recipe) != before
