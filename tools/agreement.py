@@ -31,7 +31,7 @@ from reward_models import BEST_OF
 WIDTH, RANKINGS = 4, 800
 LEVELS = {
     **{f"noise {noise:g}": {"noise": noise, "side_bias": 0.0} for noise in (0.0, 0.05, 0.15, 0.3, 0.55, 1.0, 1.6)},
-    **{f"flips {rate:g}": {"noise": 0.0, "side_bias": 0.0, "flip_rate": rate} for rate in (0.05, 0.1, 0.2, 0.3)},
+    **{f"flips {rate:g}": {"noise": 0.05, "side_bias": 0.0, "flip_rate": rate} for rate in (0.05, 0.1, 0.2, 0.3)},
 }
 SERIES = {"noise": "noise in every judgement", "flips": "whole rankings turned round"}
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from frontier import COLOURS, DEMO, line, run, text
+from frontier import DEMO, line, run, text
 from kilter import data, world
 from kilter.records import Prompt, Sample, UnpairedFeedback
 from kilter.report.svg import axis_over, el
@@ -24,7 +24,7 @@ from kilter.stats import Interval, mean_interval
 from reward_models import BEST_OF, answers, ordered, reward, rows_of
 
 ANSWERS = 9
-PER_KIND, HELD_OUT = 340, 15
+PER_KIND, HELD_OUT = 640, 15
 """Prompts of each kind to judge, and to be measured on."""
 STEP_RESPONSES, LEAST_STEPS = 96, 40
 """Responses that a step learns from, and how many steps there are at least: few judgements are gone over more often."""
@@ -112,7 +112,10 @@ class Panel(NamedTuple):
     """The axis below goes by doublings."""
 
 
-SIZE, LEGEND, MARGIN = (470.0, 340.0), 190.0, 46.0
+SIZE, LEGEND, MARGIN = (470.0, 340.0), 230.0, 46.0
+COLOURS = ("#1b6ca8", "#c2410c", "#15803d", "#7c3aed", "#eab308", "#4b5563", "#db2777", "#0891b2")
+ASIDE = 3.0
+"""Pixels between the intervals of lines that are measured at the same places."""
 
 
 def draw(panels: Sequence[Panel]) -> str:
@@ -148,8 +151,9 @@ def _panel(panel: Panel, left: float, colours: Mapping[str, str]) -> list[Markup
         dashed = {"stroke": "#9ca3af", "stroke_dasharray": "4 4"}
         shapes.append(el("path", d=f"M{across.start:.1f},{up(height):.1f}L{across.end:.1f},{up(height):.1f}", **dashed))
         shapes.append(text(name, across.end, up(height) - 4, "end", "#6b7280"))
-    for name, series in panel.series.items():
-        places = [(across(scale(x)), up(one.mean)) for x, one in series]
+    for at, (name, series) in enumerate(panel.series.items()):
+        aside = ASIDE * (at - (len(panel.series) - 1) / 2) if panel.doubling else 0.0
+        places = [(across(scale(x)) + aside, up(one.mean)) for x, one in series]
         shapes.append(line(places, colours[name], 2.4))
         for (x, y), (_, one) in zip(places, series, strict=True):
             ends = [min(max(up(value), up.end), up.start) for value in (one.low, one.high)]

@@ -44,7 +44,7 @@ THUMB_SECONDS = 1.0
 ONE_SCALE = {"offset_spread": 0.0, "stretch_spread": 0.0, "drift": 0.0}
 ALONE = 2
 """Answers of a prompt that get marks or thumbs, each on a screen of its own."""
-BUDGETS = (1000, 2000, 4000, 8000, 16000, 32000)
+BUDGETS = (2000, 4000, 8000, 16000, 32000, 64000)
 
 
 class Format(NamedTuple):
@@ -76,7 +76,9 @@ def bought(form: Format, given: Material, seed: int, budget: float) -> tuple[lis
         SystemExit: there are no more answers to judge.
     """
     panel = world.panel(seed=seed, **(COST | dict(form.options)))
-    asked = list(zip(given.prompts, given.texts, strict=True))
+    least = panel.effort.ranking(0, 1.0, form.width) if form.width else ALONE * panel.effort.marking(0, 1.0, 1)
+    most = 1 + int(budget / least)  # a screen takes longer than one without words; what is judged later changes nothing
+    asked = list(zip(given.prompts, given.texts, strict=True))[:most]
     judged: Sequence[Any]
     if form.width:
         judged = panel.rank([prompt for prompt, _ in asked], [row[: form.width] for _, row in asked])
