@@ -105,3 +105,9 @@ def test_light_import(module: str) -> None:
     code = f"import sys, {module}; sys.exit(','.join(m for m in ('torch', 'transformers') if m in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by name, and of two it would run one."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []

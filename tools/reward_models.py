@@ -256,7 +256,7 @@ def tables(out: Path) -> str:
         columns = [[found[name][key] for found in held["lengths"]] for key in LENGTH_COLUMNS]
         lines.append(f"| {name} | {' | '.join(map(_figure, columns))} |")
     lines += ["", "| start | accuracy |", "|---|---|"]
-    for name in STARTS:
+    for name in STARTS if held["starts"] else ():
         lines.append(f"| {name} | {_figure([found[name]['mean'] for found in held['starts']])} |")
     return "\n".join(lines)
 

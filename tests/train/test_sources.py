@@ -118,8 +118,8 @@ def test_a_pair_is_two_ranked_responses_and_a_tie_two_equal_ones() -> None:
     one, two = convert(pair, tie).groups
     assert [scored_text(one, place) for place in (0, 1)] == ["x$", "yz$"]
     assert [dict(response.per_response) for response in one.responses] == [
-        {"rank": 0.0, "margin": 1.5},
-        {"rank": 1.0, "margin": 0.0},
+        {"rank": 0.0, "margin": 1.5, "weight": 1.0},
+        {"rank": 1.0, "margin": 0.0, "weight": 1.0},
     ]
     assert [response.per_response["rank"] for response in two.responses] == [0.0, 0.0]
 

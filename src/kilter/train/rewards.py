@@ -82,7 +82,7 @@ class RewardModel:
             if name in ("rank", "value", "error", "desirable"):
                 found[name] = extra(batch, name, needed)
             elif name == "margin":
-                margin = extra(batch, name, needed)
+                margin = extra(batch, name, needed) if self.options.get("margin_coef") else torch.zeros_like(rewards)
                 found[name] = (margin[a] - margin[b]).abs()
         return [found[name] for name in REWARD_LOSSES[self.name].inputs]
 
