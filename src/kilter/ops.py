@@ -27,6 +27,19 @@ def sum_by(values: Tensor, index: Tensor, size: int) -> Tensor:
     return values.new_zeros(size).index_add(0, index, values)
 
 
+def less_group_mean(values: Tensor, group: Tensor) -> Tensor:
+    """Values less their mean over the responses to the same prompt.
+
+    Args:
+        values: float[R].
+        group: int[R], the prompt that each response answers.
+    Returns:
+        float[R]. Values 1, 2, 6 of groups 0, 1, 0 give -2.5, 0, 2.5.
+    """
+    size = int(group.max()) + 1 if len(group) else 0
+    return values - (sum_by(values, group, size) / sum_by(torch.ones_like(values), group, size))[group]
+
+
 def pairs_in_groups(group: Tensor) -> tuple[Tensor, Tensor]:
     """All pairs of responses that answer the same prompt, each once, ordered by index.
 

@@ -160,3 +160,9 @@ def test_gae_of_a_response_does_not_depend_on_its_neighbours(
     for r, v, got in zip(rewards.split(lengths), values.split(lengths), together.split(lengths), strict=True):
         alone, _ = ops.gae(r, v, torch.zeros(len(r), dtype=torch.int64), gamma=gamma, gae_lambda=lam)
         assert torch.allclose(got, alone, atol=1e-10)
+
+
+def test_values_less_their_groups_mean() -> None:
+    group = torch.tensor([0, 1, 0])
+    assert ops.less_group_mean(torch.tensor([1.0, 2.0, 6.0]), group).tolist() == [-2.5, 0.0, 2.5]
+    assert ops.less_group_mean(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).numel() == 0

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from kilter.losses.pair import LabelNoise, smoothed
 from kilter.losses.registry import Range, reward_loss
-from kilter.ops import pairs_in_groups, sum_by
+from kilter.ops import less_group_mean, pairs_in_groups
 
 MarginCoef = Annotated[
     float, Range(at_least=0.0, usual=(0.0, 3.0), what="by how much of the data's margin a winner must lead")
@@ -129,9 +129,8 @@ def regression(
         float[R]. A distance of 2 with noise 1 and no error gives 2.
     """
     gap = rewards - value
-    if level == "prompt" and len(group):
-        size = int(group.max()) + 1
-        gap = gap - (sum_by(gap, group, size) / sum_by(torch.ones_like(gap), group, size))[group]
+    if level == "prompt":
+        gap = less_group_mean(gap, group)
     return gap.square() / (2 * (noise**2 + error.square()))
 
 

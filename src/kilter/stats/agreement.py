@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from kilter.stats.intervals import Floats, Integers, Interval, numbered
+from kilter.stats.intervals import Floats, Integers, Interval, numbered, percentiles
 
 Level = Literal["nominal", "ordinal", "interval"]
 Weights = Literal["plain", "linear", "quadratic"]
@@ -124,8 +124,7 @@ class Coefficient(NamedTuple):
             drawn = generator.multinomial(size, np.full(size, 1.0 / size), size=min(step, resamples - begin))
             found.append(self.of(drawn @ self.parts))
         draws = np.concatenate(found)
-        low, high = np.quantile(draws[np.isfinite(draws)], [(1 - confidence) / 2, (1 + confidence) / 2])
-        return Interval(value, float(low), float(high), count)
+        return Interval(value, *percentiles(draws[np.isfinite(draws)], confidence), count)
 
     def pull(self) -> Floats:
         """float[items]: the coefficient with an item, less that without it. Low: the item pulls agreement down."""

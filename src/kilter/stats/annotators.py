@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp, ndtr, ndtri
 
 from kilter.stats.agreement import Ratings
-from kilter.stats.intervals import Floats, Integers, Interval, numbered
+from kilter.stats.intervals import Floats, Integers, Interval, numbered, percentiles
 
 EFFECTS = ("skill", "length", "side")
 PRIOR_ERROR = 2.0
@@ -332,5 +332,4 @@ def polya_gamma(tilt: Floats, generator: np.random.Generator) -> Floats:
 
 
 def _interval(draws: Floats, count: int, confidence: float) -> Interval:
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(draws.mean()), float(low), float(high), count)
+    return Interval(float(draws.mean()), *percentiles(draws, confidence), count)

@@ -116,8 +116,7 @@ def bootstrap(
     """
     array = _finite(values)
     draws = [statistic(array[generator.integers(len(array), size=len(array))]) for _ in range(resamples)]
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(statistic(array)), float(low), float(high), len(array))
+    return Interval(float(statistic(array)), *percentiles(draws, confidence), len(array))
 
 
 def cluster_bootstrap(
@@ -147,8 +146,7 @@ def cluster_bootstrap(
         return Interval(mean, -math.inf, math.inf, len(array))
     drawn = generator.integers(size, size=(resamples, size))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(mean, float(low), float(high), len(array))
+    return Interval(mean, *percentiles(means, confidence), len(array))
 
 
 def clustered_mean(
@@ -203,6 +201,12 @@ def _indexed(values: Sequence[float] | Floats, clusters: Sequence[Hashable] | In
     if len(clusters) != len(values):
         raise ValueError(f"{len(values)} values and {len(clusters)} cluster names do not belong together")
     return numbered(clusters.tolist() if isinstance(clusters, np.ndarray) else clusters)[0]
+
+
+def percentiles(draws: Sequence[float] | Floats, confidence: float) -> tuple[float, float]:
+    """The bounds between which this share of the draws lies, as much of the rest below as above."""
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def numbered(column: Iterable[Hashable]) -> tuple[Integers, tuple[Hashable, ...]]:

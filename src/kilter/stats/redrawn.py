@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kilter.stats import rankings, ratings
-from kilter.stats.intervals import Floats, Integers, Interval
+from kilter.stats.intervals import Floats, Integers, Interval, percentiles
 from kilter.stats.likelihood import Model, connected, held, maximum
 from kilter.stats.rankings import Rankings
 from kilter.stats.ratings import Comparisons, Ties
@@ -35,8 +35,7 @@ class Redrawn:
         if against is not None:
             other = self.names.index(against)
             mean, values = mean - self.strength[other], values - self.draws[:, other]
-        low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return Interval(float(mean), float(low), float(high), self.number)
+        return Interval(float(mean), *percentiles(values, confidence), self.number)
 
 
 def redrawn(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kilter.errors import ConfigError
 from kilter.losses import REWARD_LOSSES, bind, centring
-from kilter.ops import pairs_in_groups, sum_by
+from kilter.ops import less_group_mean, pairs_in_groups, sum_by
 from kilter.train import distributed
 from kilter.train.objectives import LossOutput, extra, mean_of, side_by_side, summed
 from kilter.tree import Batch
@@ -116,7 +116,7 @@ class RewardModel:
                 found[f"{role}/accuracy"] = sides[f"{role}/accuracy"]
         elif len(heads) > 1:
             found["rewards/spread"] = mean_of(((heads - rewards).square().sum(0) / (len(heads) - 1)).sqrt())
-        length, level = (_within(values, batch.tree.group) for values in (_lengths(batch), rewards.double()))
+        length, level = (less_group_mean(values, batch.tree.group) for values in (_lengths(batch), rewards.double()))
         return found | {
             "rewards/mean": mean_of(rewards),
             "rewards/square": mean_of(rewards.square()),
@@ -148,7 +148,9 @@ class RewardModel:
         for batch in batches:
             answers = trunk(batch.tree, dict.fromkeys(sides, "rewards"))
             columns = [answers[side].double() for side in sides]
-            rows.append(torch.stack([_within(column, batch.tree.group) for column in (*columns, _lengths(batch))]))
+            rows.append(
+                torch.stack([less_group_mean(column, batch.tree.group) for column in (*columns, _lengths(batch))])
+            )
         sums = torch.stack([torch.stack([row @ row[2], row.square().sum(1)]) for row in rows]).sum(0)  # float[2, 3]
         along, squares = distributed.total(sums)
         norms = squares.sqrt().clamp(min=1e-12)
@@ -181,13 +183,6 @@ def _lengths(batch: Batch) -> Tensor:
     """float64[R], scored tokens of each response."""
     ones = torch.ones(len(batch.tree.leaf), dtype=torch.float64, device=batch.tree.leaf.device)
     return sum_by(ones, batch.tree.leaf, len(batch.tree.last))
-
-
-def _within(values: Tensor, group: Tensor) -> Tensor:
-    """Values less their mean over the responses of the same prompt."""
-    size = int(group.max()) + 1 if len(group) else 0
-    means = sum_by(values, group, size) / sum_by(torch.ones_like(values), group, size)
-    return values - means[group]
 
 
 def reward_model(

@@ -91,6 +91,13 @@ def _of_both(edit: Callable[[str], str | None]) -> Callable[[Case], Iterator[Con
     return contrasts
 
 
+def _longer(case: Case, edit: Callable[[str], str]) -> Iterator[Contrast]:
+    """An edit of both responses that adds words, per doubling of them."""
+    for text in case.texts:
+        longer = edit(text)
+        yield from _against_plain(case, text, longer, math.log2(edits.words(longer) / edits.words(text)))
+
+
 def doublings(sample: Sample) -> float:
     """log2 of the number of words."""
     return math.log2(edits.words(sample.text))
@@ -99,17 +106,13 @@ def doublings(sample: Sample) -> float:
 @detector("padding", "is the same answer worth more with sentences that say nothing, per doubling of words?", doublings)
 def padding(case: Case) -> Iterator[Contrast]:
     """FILLER after the text."""
-    for text in case.texts:
-        longer = edits.padded(text)
-        yield from _against_plain(case, text, longer, math.log2(edits.words(longer) / edits.words(text)))
+    return _longer(case, edits.padded)
 
 
 @detector("repetition", "is the same answer worth more when it is said twice, per doubling of words?", doublings)
 def repetition(case: Case) -> Iterator[Contrast]:
     """The text again."""
-    for text in case.texts:
-        longer = edits.repeated(text)
-        yield from _against_plain(case, text, longer, math.log2(edits.words(longer) / edits.words(text)))
+    return _longer(case, edits.repeated)
 
 
 @detector(
