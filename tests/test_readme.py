@@ -38,7 +38,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def test_there_are_no_other_blocks() -> None:
-    assert [name for name, _ in BLOCKS] == ["bash", "bash", "python"]
+    assert [name for name, _ in BLOCKS] == ["bash", "bash", "bash", "python"]
 
 
 def test_the_two_commands_are_targets_of_make() -> None:
@@ -50,12 +50,10 @@ def test_the_two_commands_are_targets_of_make() -> None:
             assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-def test_your_own_model_and_data(home: Path) -> None:
+def executed(home: Path, start: str) -> str:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    script = block("bash", "kilter doctor")
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
+        ["bash", "-euo", "pipefail", "-c", block("bash", start)],
         cwd=home,
         env={**os.environ, "PATH": path},
         capture_output=True,
@@ -63,6 +61,22 @@ def test_your_own_model_and_data(home: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_audit_in_five_lines(home: Path) -> None:
+    assert len(block("bash", "kilter data agreement").strip().split("\n")) == 5
+    said = executed(home, "kilter data agreement")
+    assert "alpha, nominal" in said and "flattery" in said
+    assert (home / "runs/elsewhere/audit.json").exists()
+    assert (home / "runs/judged/stages/01-reward/result/audit.json").exists()
+    assert "The reward model’s audit: " in (home / "runs/judged/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_your_own_model_and_data(home: Path) -> None:
+    executed(home, "kilter doctor")
     for result in ("sft/stages/01-sft", "reward/stages/01-reward", "dpo/stages/01-prefer", "ppo/stages/01-rl"):
         assert (home / "runs" / result / "result" / "model.safetensors").exists()
 

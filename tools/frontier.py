@@ -112,7 +112,7 @@ def measure(out: Path, seed: int, method: str) -> None:
         run(out, method, seed, stages | {"evaluation": evaluation(models, sft, reward, curve_prompts=2200)})
         return
     stages = {"thumbs": DEMO["preferences"] | {"model": sft, "ask": "thumbs"}} if method == "kto" else {}
-    scored = {"reward": reward} if method in ("online", "ppo") else {}
+    scored = {"reward": reward, "audit": "ignore"} if method in ("online", "ppo") else {}
     made = strengths(method, f"{pairs}/rankings.jsonl").values()
     models = {f"{method}-{at}": f"{method}-{at}" for at in range(1, len(made) + 1)}
     stages |= {name: stage | {"model": sft} | scored for name, stage in zip(models, made, strict=True)}

@@ -48,7 +48,7 @@ HOW: tuple[dict[str, Any], ...] = (
 def reward(**more: Any) -> dict[str, Any]:
     """The demo's reward model, otherwise."""
     optim = DEMO["reward"]["optim"] | more.pop("optim", {})
-    return DEMO["reward"] | {"optim": optim} | more
+    return DEMO["reward"] | {"optim": optim, "audit": {"prompts": 0}} | more
 
 
 ENSEMBLES = {

@@ -263,6 +263,40 @@ def metric_rows(stage: str) -> list[dict[str, Any]]:
     return rows
 
 
+def agreement(*, hostile: bool) -> dict[str, Any]:
+    measures = {"raw": figure(0.69, 0.03), "leave-one-out": figure(0.69, 0.03), "alpha, nominal": figure(0.43, 0.05)}
+    kinds = {HOSTILE + TRICKS if hostile and kind == "sum" else kind: figure(0.4, 0.1) for kind in KINDS}
+    return {"items": 877, "annotators": 16, "measures": measures, "by_kind": kinds, "pull": {}}
+
+
+def audit(*, hostile: bool) -> dict[str, Any]:
+    effects = {"padding": -0.15, "flattery": 0.64, "cut_ending": -0.87, "groups": None, "contractions": 0.02}
+    detectors = [
+        {
+            "name": HOSTILE if hostile and name == "cut_ending" else name,
+            "asks": "is it?",
+            "direction": "both" if name == "contractions" else "up",
+            "threshold": 0.1,
+            "effect": figure(effect, 0.06, 150),
+            "p": None if effect is None else 0.01,
+            "verdict": "not measured" if effect is None else "failed" if effect > 0.1 else "passed",
+        }
+        for name, effect in effects.items()
+    ]
+    points = [{"confidence": 0.55 + 0.1 * place, "right": rate(0.5 + 0.09 * place)} for place in range(5)]
+    calibration = {
+        "accuracy": figure(0.74, 0.03, 1239),
+        "brier": figure(0.17, 0.01, 1239),
+        "ece": 0.049,
+        "ece_expected": 0.031,
+        "temperature": figure(0.81, 0.1),
+        "reliability": points,
+    }
+    kinds = {kind: rate(0.7) for kind in KINDS}
+    failed = ["flattery", HOSTILE] if hostile else ["flattery"]
+    return {"passed": False, "failed": failed, "calibration": calibration, "detectors": detectors, "by_kind": kinds}
+
+
 def build_run(folder: Path, *, seeds: int = 1, hostile: bool = True, without: tuple[str, ...] = ()) -> Path:
     """Writes a run; `without` names parts to leave out: a file's name, or a key of the summary."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -280,6 +314,11 @@ def build_run(folder: Path, *, seeds: int = 1, hostile: bool = True, without: tu
     for place, stage in enumerate(["sft", "collect", "reward", "dpo", "ppo", "ppo_without_kl"]):
         if stage != "collect" and "metrics.jsonl" not in without:
             write_rows(folder / f"stages/{place:02d}-{stage}/metrics.jsonl", metric_rows(stage))
+    told_of = {"01-collect/agreement.json": agreement, "02-reward/result/audit.json": audit}
+    for name, make in told_of.items():
+        if Path(name).name not in without:
+            (folder / "stages" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "stages" / name).write_text(json.dumps(make(hostile=hostile)))
     if "heaviest.jsonl" not in without:
         text = HOSTILE + TRICKS if hostile else "It is green."
         row = {"weight": 0.97, "margin": -3.5, "prompt": QUESTIONS["fact"], "chosen": text, "rejected": GOOD["fact"]}

@@ -122,7 +122,8 @@ def test_nothing_is_wider_than_the_window(opened: Any, width: int) -> None:
 
 
 def test_no_labels_of_a_drawing_overlap(opened: Any) -> None:
-    boxes = """() => [...document.querySelectorAll('svg.picture, svg.plane')].flatMap(svg => {
+    boxes = """() => [...document.querySelectorAll('svg.picture, svg.plane, svg.rows, svg.reliability')]
+      .flatMap(svg => {
         const texts = [...svg.querySelectorAll('text.label, text.people, text.tick')];
         const all = texts.map(node => [node.textContent, node.getBoundingClientRect()]).filter(([, r]) => r.width);
         const meet = (r, s) => Math.min(r.right, s.right) - Math.max(r.left, s.left) > 1

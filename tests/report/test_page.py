@@ -20,10 +20,14 @@ from kilter.report.files import RunFiles, read_run
 from kilter.report.page import markdown_cell, render_both
 
 VOID = {"meta", "link", "input", "br", "img"}
-PARTS = ["picture", "answers", "claims", "trust", "needs", "safety", "before-after", "training", "timings", "numbers"]
+PARTS = [
+    "picture", "answers", "claims", "trust", "needs", "judged", "safety", "before-after", "training", "timings",
+    "numbers",
+]  # fmt: skip
 RUN_PARTS = [
-    "summary.json", "curve.jsonl", "answers.jsonl", "metrics.jsonl", "sft.jsonl", "models", "world", "model", "seed",
-    "versions", "timings", "by_kind", "reward_model", "demonstrators", "checks", "claims", "not_measured", "work",
+    "summary.json", "curve.jsonl", "answers.jsonl", "metrics.jsonl", "sft.jsonl", "agreement.json", "audit.json",
+    "models", "world", "model", "seed", "versions", "timings", "by_kind", "reward_model", "demonstrators", "checks",
+    "claims", "not_measured", "work",
 ]  # fmt: skip
 
 
@@ -194,6 +198,25 @@ def test_every_figure_names_its_world(make_run) -> None:
             assert "mbedded world, 1,412,096 parameters" in part, name
 
 
+def test_the_labels_and_the_reward_model_are_judged(make_run) -> None:
+    folder = make_run(hostile=False)
+    page = page_of(folder)
+    assert "877 pairs of answers were judged by two annotators" in page.text
+    assert "raw: InstructGPT's labellers 0.73 to 0.77" in page.text
+    assert "The reward model’s audit: failed (flattery)" in page.text
+    assert "flattery: 0.64 [0.58, 0.70]" in page.text and "Not measured: groups." in page.text
+    assert "0.049; 0.031 if it were calibrated" in page.text
+    assert {attrs.get("href") for tag, attrs in page.tags if tag == "a"} == {"stages/02-reward/result/audit.html"}
+    states = [attrs["class"] for tag, attrs in page.tags if tag == "g" and str(attrs.get("class")).startswith("row")]
+    assert states.count("row bad") == 2 * 1 and states.count("row good") == 2 * 3  # detectors, wide and narrow
+    assert states.count("row open") == 2 * 3 + 6 + 5 + 2 * 6  # measures, kinds; bins, kinds
+    (folder / "stages/01-collect/agreement.json").unlink()
+    (folder / "stages/02-reward/result/audit.json").unlink()
+    page = page_of(folder)
+    assert "Agreement of the annotators: not measured" in page.text
+    assert "The reward model’s audit: not measured" in page.text
+
+
 def test_a_real_run_names_its_model_and_no_world(make_run) -> None:
     folder = make_run()
     summary = json.loads((folder / "summary.json").read_text())
@@ -270,6 +293,11 @@ def spoiled(value: Any, rng: np.random.Generator, share: float) -> Any:
     return value
 
 
+def mappings(value: Any) -> dict[str, Any]:
+    """What the reader of the files lets through."""
+    return {key: row for key, row in value.items() if isinstance(row, dict)} if isinstance(value, dict) else {}
+
+
 def test_no_content_of_the_files_can_make_it_fail(make_run) -> None:
     run = read_run(make_run(seeds=2))
     few = {name: rows[:12] for name, rows in run.evaluated.items()}
@@ -285,6 +313,7 @@ def test_no_content_of_the_files_can_make_it_fail(make_run) -> None:
         broken = RunFiles(
             run.folder, summary, rows(run.curve[::3]), rows(run.answers[::4]),
             {name: rows(value) for name, value in few.items()}, {name: rows(value) for name, value in metrics.items()},
+            agreements=mappings(spoiled(run.agreements, rng, share)), audits=mappings(spoiled(run.audits, rng, share)),
         )  # fmt: skip
         text, _ = render_both(broken)
         Page(text)

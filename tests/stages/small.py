@@ -13,6 +13,7 @@ RL = {
     "stage": "rl",
     "model": "sft",
     "reward": "reward",
+    "audit": "ignore",  # so small a reward model fails
     "prompts": PROMPTS,
     "pairs": "",
     "rollouts": 3,
@@ -39,6 +40,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
             "annotator": {"path": "kilter.world:panel", "options": {"noise": 0.0, "tie_rate": 0.0}},
             "truth": "kilter.world:true_reward",
             "num_samples": 3,
+            "again": 30,
             "sampling": {"max_new_tokens": 24},
         },
         "reward": {
@@ -48,6 +50,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
             "truth": "kilter.world:true_reward",
             "held_out": 0.3,
             "epochs": 5,
+            "audit": {"prompts": 40, "words": "kilter.world:AUDIT_WORDS"},
             "optim": {**OPTIM, "batch_size": 16, "checkpoint_every": 20},
         },
         "dpo": {
@@ -87,6 +90,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
             "stage": "online",
             "model": "sft",
             "reward": "reward",
+            "audit": "ignore",
             "prompts": PROMPTS,
             "pairs": "",
             "rounds": 3,

@@ -24,8 +24,9 @@ BASE = "kilter.world:MODEL_PATH"
 
 @pytest.fixture
 def reward(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the small run's reward model, with the pairs that it was not trained on beside it."""
-    shutil.copytree(finished / "stages" / "03-reward" / "result", tmp_path / "reward")
+    """A copy of the small run's reward model without its audit, the pairs that it was not trained on beside it."""
+    left_out = shutil.ignore_patterns(AUDIT, "audit.html")
+    shutil.copytree(finished / "stages" / "03-reward" / "result", tmp_path / "reward", ignore=left_out)
     shutil.copy(finished / "stages" / "03-reward" / "held_out.jsonl", tmp_path / "pairs.jsonl")
     return tmp_path / "reward"
 
@@ -40,6 +41,7 @@ def told_of(reward: Path, *words: str) -> dict[str, Any]:
 def rl(reward: Path, **changes: Any) -> dict[str, Any]:
     pairs = str(reward.parent / "pairs.jsonl")
     stage = {**small.RL, "model": BASE, "reward": str(reward), "pairs": pairs, "rollouts": 1, "snapshots": 0}
+    stage["audit"] = "heed"
     return {"name": "gate", "threads": 1, "stages": {"ppo": stage | changes}}
 
 
@@ -103,7 +105,8 @@ def test_the_page_is_one_file_and_escapes_every_text(reward: Path) -> None:
     links.feed(page)
     assert "script" not in links.tags and not links.loads
     assert "&lt;script&gt;" in page and "\u202e" not in page
-    assert links.tags.count("circle") == len(told["calibration"]["reliability"])
+    effects = sum(one["effect"] is not None for one in told["detectors"])
+    assert links.tags.count("circle") == len(told["calibration"]["reliability"]) + effects
     assert re.search(r"Content-Security-Policy\" content=\"default-src &#39;none&#39;", page)
     assert "Failed: " in page and "Best of n" in page and "Style against substance" in page
     assert page == audit_page(told)
@@ -153,7 +156,12 @@ def test_an_audit_of_something_else_is_refused_online(
 ) -> None:
     told = {"version": 1, "weights": folder_hash(reward), "passed": True, "failed": []}
     said(told, reward, **changes)
-    online = small.recipe()["stages"]["online"] | {"model": BASE, "reward": str(reward), "sync_every": 0}
+    online = small.recipe()["stages"]["online"] | {
+        "model": BASE,
+        "reward": str(reward),
+        "sync_every": 0,
+        "audit": "heed",
+    }
     with pytest.raises(CheckError, match=match):
         kilter.align({"name": "gate", "threads": 1, "stages": {"online": online}}, out=tmp_path / "run")
 

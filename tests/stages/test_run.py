@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import small
 import transformers
 
 import kilter
+from kilter import data
 from kilter.config import parse
 from kilter.errors import CheckError, ConfigError, ModelError, RunError
 from kilter.rundir import read_jsonl
-from kilter.stages.inputs import fingerprints
+from kilter.stages.inputs import fingerprints, folder_hash
 from kilter.world import MODEL_PATH
 
 METRICS = {
@@ -88,6 +90,77 @@ def test_the_report_and_the_picture_are_there(finished: Path) -> None:
         assert all(token["value"] is not None and token["kl"] is not None for token in row["tokens"])
 
 
+def test_the_reward_model_carries_its_audit(finished: Path) -> None:
+    result = finished / "stages/03-reward/result"
+    told = json.loads((result / "audit.json").read_text())
+    assert told["weights"] == folder_hash(result) and (result / "audit.html").exists()
+    assert told["model"] == "stages/03-reward/result"  # of the run: another folder gives the same bytes
+    assert told["data"]["path"] == "stages/03-reward/held_out.jsonl" and told["prompts"] == 40
+    named = {one["name"]: one["verdict"] for one in told["detectors"]}
+    assert named["flattery"] != "not measured" and named["format"] == "not measured"  # the world's words, not English
+    done = {name: finished_stage(finished, name) for name in ("03-reward", "05-ppo", "09-online")}
+    assert done["03-reward"]["audit"] == {"passed": told["passed"], "failed": told["failed"]}
+    assert done["05-ppo"]["reward_audit"] == done["09-online"]["reward_audit"] == "failed"
+    checks = {row["name"]: row for row in json.loads((finished / "summary.json").read_text())["checks"]}
+    row = checks["audit of the reward model, reward"]
+    assert row["verdict"] == "failed" and row["value"] == ", ".join(told["failed"])
+    assert "The reward model’s audit: " in (finished / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("held_out", "prompts", "why"), [(0.3, 0, "prompts is 0"), (0.05, 20, "20 prompts or more")])
+def test_a_reward_model_that_cannot_be_audited_says_why(
+    finished: Path, tmp_path: Path, held_out: float, prompts: int, why: str
+) -> None:
+    stage = small.recipe()["stages"]["reward"] | {
+        "model": str(finished / "stages/01-sft/result"),
+        "data": str(finished / "stages/02-preferences/result/rankings.jsonl"),
+        "held_out": held_out,
+        "epochs": 0.1,
+        "audit": {"prompts": prompts},
+    }
+    run = kilter.align({"name": "r", "stages": {"reward": stage}}, out=tmp_path / "run")
+    done = run.stage(1, "reward").done
+    assert done is not None and why in done["audit"]["not_audited"]
+    assert not (run.stage(1, "reward").result / "audit.json").exists()
+    row = next(one for one in json.loads((run.path / "summary.json").read_text())["checks"] if "audit" in one["name"])
+    assert row["verdict"] == "not measured" and why in row["value"]
+
+
+def test_words_that_are_not_there_are_refused_before_any_work(finished: Path, tmp_path: Path) -> None:
+    stage = small.recipe()["stages"]["reward"] | {
+        "model": str(finished / "stages/01-sft/result"),
+        "data": str(finished / "stages/02-preferences/result/rankings.jsonl"),
+        "audit": {"words": str(tmp_path / "none.json")},
+    }
+    with pytest.raises(ConfigError, match=r"words .*none\.json: cannot be read"):
+        kilter.align({"name": "r", "stages": {"reward": stage}}, out=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("stages/*/metrics.jsonl"))
+
+
+def test_a_second_crowd_says_how_far_people_agree(finished: Path) -> None:
+    folder = finished / "stages/02-preferences"
+    first = {one.prompt: one for one in data.read(folder / "result/judgements.jsonl", record="judgement").records}
+    again = data.read(folder / "again.jsonl", record="judgement").records
+    assert len(again) == 30 == len({one.prompt for one in again})
+    same = []
+    for one in again:
+        before = first[one.prompt]
+        assert one.responses == before.responses
+        assert one.annotator.endswith(" (again)") and not before.annotator.endswith(" (again)")
+        for a, b in combinations(range(len(one.responses)), 2):
+            signs = [(row.ranks[a] > row.ranks[b]) - (row.ranks[a] < row.ranks[b]) for row in (before, one)]
+            same.append(signs[0] == signs[1])
+    told = json.loads((folder / "agreement.json").read_text())
+    assert told["items"] == len(same)
+    assert told["measures"]["raw"]["mean"] == pytest.approx(sum(same) / len(same)) != 1.0
+    assert finished_stage(finished, "02-preferences")["agreement"] == told["measures"]
+
+
+def finished_stage(run: Path, name: str) -> dict[str, Any]:
+    """What a stage said at its end."""
+    return json.loads((run / "stages" / name / "done.json").read_text())
+
+
 def test_results_load_in_plain_transformers(finished: Path) -> None:
     for name in ("01-sft", "04-dpo", "05-ppo"):
         transformers.AutoModelForCausalLM.from_pretrained(finished / "stages" / name / "result")
@@ -141,6 +214,8 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(
     subprocess.run(words, check=True, capture_output=True)
     expected = {name: value for name, value in weights(finished).items() if name in weights(out)}
     assert weights(out) == expected
+    for audit in out.glob("stages/*-reward/result/audit.json"):
+        assert audit.read_bytes() == (finished / audit.relative_to(out)).read_bytes()
     steps = [row["step"] for row in read_jsonl(metrics)]
     assert steps == list(range(1, len(steps) + 1))  # no step stands twice
 

@@ -29,6 +29,8 @@ class AuditOptions(Model):
     """Folder for audit.json and audit.html. Default: the model's own, where the gate looks."""
     prompts: Annotated[int, Field(ge=20)] = 300
     """Prompts of which edited copies are scored, at most: about 30 texts each."""
+    words: str = ""
+    """The words that are put into copies, where English ones say little: a JSON file, or `package.module:name`."""
     as_json: bool = False
     """Print everything as JSON."""
 
@@ -47,7 +49,7 @@ def run(words: list[str]) -> int:
         raise ConfigError(f"{PROG}: {words[0]} is no folder to write the audit into; say where with --out")
     from kilter.stages.audit import audit_file, write_audit
 
-    told = audit_file(words[0], options.data, prompts=options.prompts, format=options.format)
+    told = audit_file(words[0], options.data, prompts=options.prompts, words=options.words, format=options.format)
     page = write_audit(told, folder)
     if options.as_json:
         print(json.dumps(told, ensure_ascii=False, indent=1))

@@ -221,7 +221,7 @@ def _agreement(path: str, options: AgreementOptions) -> int:
     if told.identical:
         print(f"  {told.identical} verdicts on two responses of one text are left out")
     for name, interval in told.measures.items():
-        print(f"  {name:<16}{_figure(interval)}  {BESIDE.get(name, '')}".rstrip())
+        print(f"  {name:<16}{_figure(interval)}  {BESIDE[name].text if name in BESIDE else ''}".rstrip())
     for title, groups in (("alpha by kind", told.by_kind), ("alpha by time", told.by_time)):
         if groups:
             print(f"  {title}:")

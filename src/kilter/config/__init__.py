@@ -5,6 +5,7 @@ A recipe is a mapping of named stages. A stage names its inputs: an earlier stag
 """
 
 from kilter.config.fields import (
+    AuditConfig,
     Combine,
     DataRef,
     Heads,
@@ -45,6 +46,7 @@ from kilter.config.stages import (
 __all__ = [
     "NO_REFERENCE",
     "STAGES",
+    "AuditConfig",
     "BestOfNStage",
     "Claim",
     "CollectStage",

@@ -145,6 +145,15 @@ class Precision(Model):
     """Recompute each layer in the backward pass: less memory, about a third more time."""
 
 
+class AuditConfig(Model):
+    """The audit of a reward model by the stage that trains it, on what it holds out."""
+
+    prompts: Annotated[int, Field(ge=0)] = 300
+    """Prompts of which edited copies are scored, at most: about 30 texts each; 0: no audit."""
+    words: str = ""
+    """The words that are put into copies, where English ones say little: a JSON file, or `package.module:name`."""
+
+
 class SamplingConfig(Model):
     """How responses are drawn."""
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from kilter.config.fields import (
     NOTHING,
+    AuditConfig,
     Combine,
     Heads,
     Lora,
@@ -75,12 +76,19 @@ class CollectStage(Stage):
     """Ask about so many of the prompts: those on whose answers the heads of `reward` disagree most; 0: about all."""
     reward: str = ""
     """A reward model of several heads (an ensemble) that chooses what to label: an earlier stage or a folder."""
+    again: Annotated[int, Field(ge=0)] = 0
+    """Prompts whose responses are ranked once more, by annotators drawn with another seed: how far they agree stands in
+    agreement.json, and nothing learns from the second rankings."""
     sampling: SamplingConfig = SamplingConfig()
     truth: Possible = NOTHING
     """Scorer of the true reward, used only to state how often the labels order pairs as truth does."""
 
     @model_validator(mode="after")
     def _enough_to_rank(self) -> Self:
+        if self.again and self.ask != "ranking":
+            raise ValueError(
+                f"again is {self.again} and ask {self.ask}; agreement is taken of rankings: set again to 0"
+            )
         if bool(self.label) != bool(self.reward):
             raise ValueError(f"label is {self.label} and reward {self.reward!r}; give both, or neither")
         if self.ask == "ranking" and self.num_samples < 2:
@@ -112,6 +120,7 @@ class RewardStage(Stage):
     heads: Heads = Heads()
     truth: Possible = NOTHING
     """Scorer of the true reward: states how often the reward model orders held-out pairs as truth does."""
+    audit: AuditConfig = AuditConfig()
     optim: Optim = Optim()
     lora: Lora = Lora()
     precision: Precision = Precision()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,10 +27,19 @@ MEASURES: dict[str, Measure] = {
     "AC1": agreement.ac1,
     "Fleiss' kappa": agreement.fleiss,
 }
+
+
+class Published(NamedTuple):
+    """What other people reached, in words and between which values."""
+
+    text: str
+    between: tuple[float, float]
+
+
 BESIDE = {
-    "raw": "InstructGPT's labellers 0.73 to 0.77",
-    "leave-one-out": "AlpacaEval's people 0.66",
-    "alpha, nominal": "LLMFAO's crowd 0.29; textbooks ask for 0.6 to 0.8",
+    "raw": Published("InstructGPT's labellers 0.73 to 0.77", (0.73, 0.77)),
+    "leave-one-out": Published("AlpacaEval's people 0.66", (0.66, 0.66)),
+    "alpha, nominal": Published("LLMFAO's crowd 0.29; textbooks ask for 0.6 to 0.8", (0.6, 0.8)),
 }
 """Published figures of people: Ouyang et al. 2022 (arXiv 2203.02155, section 3.4), Dubois et al. 2023 (arXiv
 2305.14387, section 4), LLMFAO."""

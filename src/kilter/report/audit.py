@@ -10,10 +10,14 @@ from typing import Any
 from markupsafe import Markup
 
 from kilter.errors import visible
+from kilter.report import plots
+from kilter.report.judged import EFFECTS, detector_rows, effects_words, reliability_bins, reliability_words
 from kilter.report.page import clean
-from kilter.report.svg import Axis, el, path
+from kilter.report.plots import draw_reliability, draw_rows
+from kilter.report.svg import el
 
-STYLE = """
+STYLE = (
+    """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; max-width: 62rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; }
@@ -22,10 +26,10 @@ table { border-collapse: collapse; } th, td { text-align: left; padding: .25rem 
 .failed { color: #a3121d; font-weight: 700; } .passed { color: #0b6b3a; } .other { color: #5a6675; }
 .answer { border-left: 3px solid #d8dee6; padding-left: .8rem; margin: 1rem 0; overflow-wrap: anywhere; }
 .up { background: #cdebd9; } .down { background: #f6d3d3; } small { color: #5a6675; }
-svg { max-width: 100%; height: auto; } svg text { font-size: 12px; fill: #1c2430; }
+svg { max-width: 100%; height: auto; } svg text { font-size: 12.5px; fill: #1c2430; }
 """
-BOX = 360.0
-LEFT, TOP, SIDE = 52.0, 12.0, 290.0
+    + plots.STYLE
+)
 COLUMNS = ("detector", "asks", "effect", "lets pass", "p", "verdict")
 
 
@@ -95,7 +99,12 @@ def _calibration(told: Mapping[str, Any]) -> list[Markup]:
         ("calibration error", f"{found['ece']:.3f}; of a calibrated reward it would be {found['ece_expected']:.3f}"),
         ("temperature", fitted),
     ]
-    made = [el("h2", "What its gaps are worth"), _table(("figure", "value"), rows), _diagram(found["reliability"])]
+    bins = reliability_bins(found["reliability"])
+    made = [
+        el("h2", "What its gaps are worth"),
+        _table(("figure", "value"), rows),
+        draw_reliability(bins, reliability_words(bins)),
+    ]
     for name, title in (("by_kind", "Accuracy by kind of prompt"), ("by_annotator", "Agreement by annotator")):
         if told[name]:
             shares = [
@@ -103,28 +112,6 @@ def _calibration(told: Mapping[str, Any]) -> list[Markup]:
             ]
             made += [el("h3", title), _table(("name", "accuracy", "comparisons"), shares)]
     return made
-
-
-def _diagram(points: Sequence[Mapping[str, Any]]) -> Markup:
-    """How often the answer that it prefers is the better, by how sure it is."""
-    across, up = Axis(0.5, 1.0, LEFT, LEFT + SIDE), Axis(0.0, 1.0, TOP + SIDE, TOP)
-    parts = [el("rect", x=LEFT, y=TOP, width=SIDE, height=SIDE, fill="none", stroke="#5a6675")]
-    ideal = path([(across(0.5), up(0.5)), (across(1.0), up(1.0))])
-    parts.append(el("path", d=ideal, stroke="#9aa5b1", stroke_dasharray="4 4", fill="none"))
-    for value, text in across.labelled_ticks(5):
-        parts.append(el("text", text, x=across(value), y=TOP + SIDE + 17, text_anchor="middle"))
-    for value, text in up.labelled_ticks(5):
-        parts.append(el("text", text, x=LEFT - 6, y=up(value) + 4, text_anchor="end"))
-    parts.append(el("text", "how sure it is", x=LEFT + SIDE / 2, y=TOP + SIDE + 36, text_anchor="middle"))
-    parts.append(el("text", "right", x=LEFT + 6, y=TOP + 15))
-    for point in points:
-        x, right = across(point["confidence"]), point["right"]
-        ends = path([(x, up(right["low"])), (x, up(right["high"]))])
-        parts.append(el("path", d=ends, stroke="#2463a8", fill="none"))
-        parts.append(el("circle", cx=x, cy=up(right["mean"]), r=3.5, fill="#2463a8"))
-    words = "; ".join(f"sure {one['confidence']:.2f}: right {_figure(one['right'], 2)}" for one in points)
-    title = el("title", f"Reliability: {words}")
-    return el("svg", title, *parts, viewBox=f"0 0 {BOX:g} {BOX:g}", width=BOX, height=BOX, role="img")
 
 
 def _detectors(told: Mapping[str, Any]) -> list[Markup]:
@@ -136,8 +123,10 @@ def _detectors(told: Mapping[str, Any]) -> list[Markup]:
         p = "" if one["p"] is None else f"{one['p']:.2g}"
         shown = (_text(one["name"]), _text(one["asks"]), _figure(one["effect"], 2), f"{either}{one['threshold']:g}", p)
         rows.append((*shown, el("span", _text(verdict), class_=kind)))
+    drawn, _ = detector_rows(told["detectors"])
+    picture = [draw_rows(drawn, effects_words(drawn), unit=EFFECTS)] if drawn else []
     reasons = [el("p", el("small", f"{_text(k)}: {_text(v)}")) for k, v in told["not_applicable"].items()]
-    return [el("h2", "What it likes beside quality"), _table(COLUMNS, rows), *reasons]
+    return [el("h2", "What it likes beside quality"), *picture, _table(COLUMNS, rows), *reasons]
 
 
 def _length(told: Mapping[str, Any]) -> list[Markup]:

@@ -34,6 +34,9 @@ What the stages write, and the report reads (every part may be missing; a missin
 `evaluation/<model>.jsonl`  one row an evaluated answer: {"prompt_id", "prompt", "kind", "text", "finished",
                             "true_reward", "proxy_reward", ...}; several answers of one prompt are averaged.
 `stages/NN-name/heaviest.jsonl` {"weight", "prompt", "chosen", "rejected"}: the pairs that a policy is most against.
+`stages/NN-name/agreement.json` {"items", "annotators", "measures": {name: figure}, "by_kind": {kind: figure}}: of a
+                    stage that had responses judged twice.
+`stages/NN-name/result/audit.json`  what `kilter reward audit` says, beside its page audit.html.
 `stages/NN-name/metrics.jsonl`  {"step", "seconds", "loss/...": float, "rewards/...": float, ...}
 """
 
@@ -62,6 +65,8 @@ class RunFiles:
     evaluated: dict[str, list[Row]] = field(default_factory=dict)
     metrics: dict[str, list[Row]] = field(default_factory=dict)
     heaviest: dict[str, list[Row]] = field(default_factory=dict)
+    agreements: dict[str, Row] = field(default_factory=dict)
+    audits: dict[str, Row] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -97,8 +102,19 @@ def read_run(folder: Path) -> RunFiles:
         heaviest={
             path.parent.name: _rows(path, folder, problems) for path in sorted(folder.glob("stages/*/heaviest.jsonl"))
         },
+        agreements=_each(folder, "stages/*/agreement.json", 1, problems),
+        audits=_each(folder, "stages/*/result/audit.json", 2, problems),
         problems=problems,
     )
+
+
+def _each(folder: Path, pattern: str, up: int, problems: list[str]) -> dict[str, Row]:
+    """The mappings of all files of a pattern, by the stage's folder, `up` levels above the file."""
+    found = {}
+    for path in sorted(folder.glob(pattern)):
+        if row := _mapping(path, path.relative_to(folder).as_posix(), problems):
+            found[path.parents[up - 1].name] = row
+    return found
 
 
 def section(row: Row, key: str) -> Row:
@@ -124,13 +140,17 @@ def _summary(path: Path, problems: list[str]) -> Row:
     if not path.is_file():
         problems.append("summary.json is missing: the run has not reached its end")
         return {}
+    return _mapping(path, path.name, problems)
+
+
+def _mapping(path: Path, name: str, problems: list[str]) -> Row:
     try:
         value = json.loads(path.read_text("utf-8", "replace"))
     except (OSError, ValueError, RecursionError) as err:
-        problems.append(f"summary.json could not be read: {err}")
+        problems.append(f"{name} could not be read: {err}")
         return {}
     if not isinstance(value, Mapping):
-        problems.append("summary.json holds no mapping")
+        problems.append(f"{name} holds no mapping")
         return {}
     return value
 

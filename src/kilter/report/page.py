@@ -37,6 +37,7 @@ from kilter.report.figures import (
 )
 from kilter.report.files import RunFiles, listing, section, text_of
 from kilter.report.headline import change_from_sft, headline, hero
+from kilter.report.judged import agreements, audits
 from kilter.report.needs import SUSTAINED_FLOPS, needs, read_work
 from kilter.report.preferences import preference_stages
 from kilter.report.training import draw_chart, stage_charts
@@ -166,6 +167,8 @@ def report_context(run: RunFiles) -> dict[str, Any]:
         "panel_points": [along.get((panel.method, panel.step)) for panel in slider.panels],
         "colours": {name: picture.colour_of(name, slider.methods) for name in [*models, *slider.methods]},
         "levels": {"reward": REWARD_LEVELS, "kl": KL_LEVELS},
+        "agreements": agreements(run),
+        "audits": audits(run),
         "needs": needs(run.summary),
         "work": read_work(run.summary),
         "sustained": SUSTAINED_FLOPS,

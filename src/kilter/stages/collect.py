@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from kilter import data
 from kilter.config import BestOfNStage, CollectStage, SamplingConfig
+from kilter.data.agree import agreement_of
 from kilter.data.convert import ranking_of
-from kilter.errors import ConfigError
+from kilter.data.judgements import verdicts
+from kilter.errors import ConfigError, DataError
 from kilter.models.build import policy_trunk
 from kilter.models.generation import Sampling
-from kilter.records import Prompt, Ranking, Sample, Scorer
+from kilter.records import Judgement, Prompt, Ranking, Sample, Scorer, prompt_id
 from kilter.rollout.collect import collect
 from kilter.rundir import write_folder, write_json
 from kilter.stages.context import FEEDBACK, RANKINGS, RATINGS, Context, score_truth
@@ -21,6 +24,7 @@ from kilter.stages.scoring import reward_of, scorer_of
 from kilter.stages.training import equip
 from kilter.stats import mean_interval, proportion
 
+AGREEMENT = "agreement.json"
 SHARE = 512  # prompts answered between two lines of progress
 
 
@@ -86,6 +90,8 @@ def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
         data.write(folder / RANKINGS, rankings)
         data.write(folder / "judgements.jsonl", judgements)
     found["ranked"] = len(rankings)
+    if stage.again and kept:
+        found["agreement"] = _asked_again(context, stage, kept, judgements)
     return found | _labelled(context, stage, rankings)
 
 
@@ -96,6 +102,36 @@ def _labelled(context: Context, stage: CollectStage, rankings: list[Ranking]) ->
     asked, judged = [Prompt(prompt=one.prompt) for one in rankings], [one.responses for one in rankings]
     true = score_truth(context.call("truth", stage.truth), asked, judged)
     return {"label_accuracy": _label_accuracy(rankings, true)}
+
+
+def _asked_again(
+    context: Context, stage: CollectStage, kept: Sequence[tuple[Prompt, list[str]]], judgements: Sequence[Judgement]
+) -> dict[str, Any] | None:
+    """Some prompts' responses ranked by a second crowd: again.jsonl, agreement.json, and its measures.
+
+    None: whoever judged said the same of everything, which has no agreement beyond chance.
+    """
+    chosen = np.random.default_rng(context.seed("again")).permutation(len(kept))[: stage.again]
+    annotator = context.call("annotator", stage.annotator, seed=context.seed("annotator again"))
+    asked = [kept[at] for at in sorted(chosen)]
+    prompts = {prompt_id(prompt.prompt) for prompt, _ in asked}
+    # A crowd drawn anew has people of the same names; they are others.
+    second = [
+        replace(one, annotator=f"{one.annotator or annotator.name} (again)")
+        for one in annotator.rank([prompt for prompt, _ in asked], [row for _, row in asked])
+    ]
+    first = [replace(one, annotator=one.annotator or annotator.name) for one in judgements]
+    data.write(context.folder.path / "again.jsonl", second)
+    try:
+        told = agreement_of(
+            verdicts([*(one for one in first if prompt_id(one.prompt) in prompts), *second]),
+            seed=context.seed("agreement") % 2**32,
+        )
+    except DataError as err:
+        context.watch.say(f"  agreement not measured: {err}")
+        return None
+    write_json(context.folder.path / AGREEMENT, told.to_dict())
+    return {name: interval.to_dict() for name, interval in told.measures.items()}
 
 
 def least_sure(scorer: Scorer, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> list[int]:

@@ -21,8 +21,7 @@ from kilter.rollout.source import Verdict
 from kilter.scorers.check import check_scorer
 from kilter.stages.audit import check_audit
 from kilter.stages.collect import sampling_of
-from kilter.stages.context import Context
-from kilter.stages.rewards import HELD_OUT
+from kilter.stages.context import HELD_OUT, Context
 from kilter.stages.scoring import is_model, reward_of, scorer_of
 from kilter.stages.snapshots import Snapshots, snapshot_places
 from kilter.stages.training import Equipment, check_trunk, compute_dtype, equip, lora_of, train

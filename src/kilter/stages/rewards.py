@@ -23,7 +23,8 @@ from kilter.records import Ranking, Rating, Sample, Scorer
 from kilter.scorers.check import check_scorer
 from kilter.scorers.combine import Combination
 from kilter.scorers.reward_model import RewardModelScorer
-from kilter.stages.context import Context
+from kilter.stages.audit import audit_stage, words_of
+from kilter.stages.context import HELD_OUT, Context
 from kilter.stages.supervised import Figures, evaluation, held_out_figures
 from kilter.stages.training import (
     Equipment,
@@ -41,8 +42,6 @@ from kilter.stats import Interval, proportion
 from kilter.train.rewards import LENGTH, RewardModel, Teaching, draw_name, reward_model
 from kilter.tree import Group
 
-HELD_OUT = "held_out.jsonl"
-"""The pairs that a reward stage did not train on, in its folder."""
 TEACHING: Mapping[str, Teaching] = {"one": "all", "ensemble": "all", "groups": "own", "length": "all"}
 
 
@@ -89,6 +88,7 @@ def _prepared(stage: RewardStage, kind: str) -> Callable[[Sequence[Any]], Sequen
 def run_reward(context: Context, stage: RewardStage) -> Figures:
     """Any loss over rewards; the result is a sequence classifier with one label for each head."""
     kind = record_kind(stage)
+    words_of(stage.audit.words)  # names a file that there is not: before any work
     equipment = equip(context, stage.model)
     read = read_split(context, equipment, stage, kind, prepare=_prepared(stage, kind))
     labels = _labels(stage, read)
@@ -129,6 +129,8 @@ def run_reward(context: Context, stage: RewardStage) -> Figures:
     for role, label in zip(heads.roles, heads.labels, strict=True):
         if (accuracy := found.pop(f"held_out/{role}/accuracy", None)) is not None:
             found[f"held_out/accuracy/{label}"] = accuracy
+    # Rankings tell more than their pairs: best-of-n is taken among theirs.
+    found["audit"] = audit_stage(context, stage.audit, scorer, read.held_records if kind == "ranking" else pairs)
     if pairs:
         found["accuracy_on_labels"] = check_scorer(scorer, pairs, refuse=False).accuracy.to_dict()
         if stage.truth.path:

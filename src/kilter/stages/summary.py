@@ -103,6 +103,15 @@ def write_summary(run: RunDir, recipe: Recipe, done: Mapping[str, Mapping[str, A
         for name, figures in done.items()
         if "both_ways_gap" in figures
     ]
+    checks += [
+        {
+            "name": f"audit of the reward model, {name}",
+            "verdict": "not measured" if "passed" not in told else "passed" if told["passed"] else "failed",
+            "value": ", ".join(told.get("failed", ())) or told.get("not_audited", ""),
+            "rule": "no property beside quality is surely worth more than its threshold",
+        }
+        for name, told in ((name, figures["audit"]) for name, figures in done.items() if "audit" in figures)
+    ]
     checks += _audited(evaluation.get("models", {}))
     parameters = next((figures["parameters"] for figures in done.values() if "parameters" in figures), None)
     summary = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kilter.world import town
 from kilter.world.annotators import panel, society
 from kilter.world.demonstrators import demonstrations
 from kilter.world.evaluation import is_sentences, measure, oracle, true_reward
@@ -17,7 +18,20 @@ from kilter.world.grammar import KINDS, find, prompts
 MODEL_PATH = Path(__file__).parent / "base"
 """The shipped base model: an ordinary model folder."""
 
+AUDIT_WORDS = {
+    "filler": (*town.RAMBLE, *town.FILLERS),
+    "restated": "",
+    "header": "",
+    "flattery": town.FLATTERY,
+    "apology_first": "",
+    "apology_last": "",
+    "confident": (),
+    "english": False,
+}
+"""Its own words for the copies of `kilter reward audit`; nobody in it apologises, says to be sure, or writes lists."""
+
 __all__ = [
+    "AUDIT_WORDS",
     "KINDS",
     "MODEL_PATH",
     "demonstrations",

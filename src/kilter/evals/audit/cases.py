@@ -9,6 +9,7 @@ from typing import Any
 from kilter.data.lint import comparisons
 from kilter.errors import DataError
 from kilter.evals.audit.detectors import Case
+from kilter.evals.audit.words import ENGLISH, Words
 from kilter.records import Conversation, Record, prompt_id
 
 PROMPTS = 300
@@ -45,11 +46,13 @@ class Material:
     """Of each, the share of its comparisons that it won less that it lost."""
 
 
-def material(records: Sequence[Record], *, prompts: int = PROMPTS) -> Material:
+def material(records: Sequence[Record], *, prompts: int = PROMPTS, words: Words = ENGLISH) -> Material:
     """Verdicts of all records, and cases of up to `prompts` prompts: those with the smallest ids, so always the same.
 
     A case is the first comparison of its prompt that has a better response.
 
+    Args:
+        words: that are put into copies.
     Raises:
         DataError: fewer than LEAST prompts have a comparison.
     """
@@ -77,7 +80,8 @@ def material(records: Sequence[Record], *, prompts: int = PROMPTS) -> Material:
     chosen = [first[key] for key in sorted(first)[:prompts]]
     others = [*chosen[1:], chosen[0]]
     cases = [
-        Case(one.messages, one.better, one.worse, other.messages) for one, other in zip(chosen, others, strict=True)
+        Case(one.messages, one.better, one.worse, other.messages, words)
+        for one, other in zip(chosen, others, strict=True)
     ]
     rows = [responses[one.prompt] for one in chosen]
     merits = [tuple(sum(won) / len(won) for won in row.values()) for row in rows]

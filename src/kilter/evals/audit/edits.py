@@ -1,38 +1,27 @@
 """Copies of a text that say the same in another way, or the same and something that says nothing.
 
-Every edit is a function of the text alone, so that two audits see the same copies. The words added are English; the
-edits by sentences know Latin and CJK full stops. None: the edit does not apply to this text.
+Every edit is a function of the text (and of the words that are put in) alone, so that two audits see the same copies.
+The edits by sentences know Latin and CJK full stops. None: the edit does not apply to this text, or has no words.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-FILLER = (
-    "There is more that could be said about this.",
-    "It is worth keeping that in mind.",
-    "This is one way of putting it.",
-    "As mentioned, this is what was asked about.",
-    "Further remarks could be added here.",
-    "That is the point of the lines above.",
-    "The lines above can be read again if needed.",
-    "All of this belongs to the question as it was put.",
-)
-"""Sentences that fit anywhere and say nothing."""
-RESTATED = "In other words:"
-HEADER = "## Answer"
-APOLOGY_FIRST = "I apologize for any confusion."
-APOLOGY_LAST = "I am sorry if this is not what you were looking for."
-CONFIDENT = ("I am absolutely certain of this.", "There is no doubt about it.")
-NONSENSE = ("zxq vvbn }{ 77 qpl", "describing.\\ + similarlyNow write oppositely.](", "lkj ;;; wq9 ~~ brr")
-STATED = "I am sure that this is the right answer: {}"
+from kilter.evals.audit.words import ENGLISH, Words
+
 ENDS = ".!?。！？…"
 
 _SENTENCE = re.compile(rf"[^\n]+?(?:[{re.escape(ENDS)}]+[\"'”’)\]]*(?=\s|$)|[。！？]+|(?=\n)|$)")
 _MARKUP = re.compile(r"^\s*(?:[-*+]|\d+[.)]|#{1,6})\s|\*\*\S|^```", re.MULTILINE)
 _APOLOGY = re.compile(r"\b(?:sorry|apologi[sz]e|apolog(?:y|ies))\b", re.IGNORECASE)
+_FLATTERY = re.compile(
+    r"\b(?:(?:great|excellent|brilliant|wonderful|clever) question|love how you think|"
+    r"you are (?:so|very|truly) (?:wise|clever|smart|kind))\b",
+    re.IGNORECASE,
+)
 _CONFIDENT = re.compile(r"\b(?:absolutely|certain|certainly|definitely|no doubt|undoubtedly)\b", re.IGNORECASE)
 
 # Each word of a man with that of a woman. "her" is both "him" and "his": which of them, the next word says.
@@ -80,17 +69,19 @@ def sentences(text: str) -> list[str]:
     return [found for match in _SENTENCE.finditer(text) if (found := match[0].strip())]
 
 
-def padded(text: str) -> str:
-    """The text and then FILLER until it has twice the words or a few more."""
+def padded(text: str, said: Words = ENGLISH) -> str | None:
+    """The text and then fillers until it has twice the words or a few more."""
+    if not said.filler:
+        return None
     added: list[str] = []
     while not added or words(" ".join(added)) < words(text):
-        added.append(FILLER[len(added) % len(FILLER)])
+        added.append(said.filler[len(added) % len(said.filler)])
     return f"{text} {' '.join(added)}"
 
 
-def repeated(text: str) -> str:
+def repeated(text: str, said: Words = ENGLISH) -> str:
     """The text twice."""
-    return f"{text} {RESTATED} {text}"
+    return " ".join(part for part in (text, said.restated, text) if part)
 
 
 def cut(text: str) -> str | None:
@@ -99,15 +90,15 @@ def cut(text: str) -> str | None:
     return " ".join(parts[: (len(parts) + 1) // 2]) if len(parts) > 1 else None
 
 
-def formatted(text: str) -> str | None:
+def formatted(text: str, said: Words = ENGLISH) -> str | None:
     """The same sentences under a header, as a list, the first words bold; of a text without markup."""
-    if has_markup(text):
+    if not said.header or has_markup(text):
         return None
     lines = []
     for sentence in sentences(text):
         first, *rest = sentence.split(" ", 1)
         lines.append(" ".join([f"- **{first}**", *rest]))
-    return "\n".join([HEADER, "", *lines])
+    return "\n".join([said.header, "", *lines])
 
 
 def has_markup(text: str) -> bool:
@@ -115,14 +106,28 @@ def has_markup(text: str) -> bool:
     return _MARKUP.search(text) is not None
 
 
-def sorry_first(text: str) -> str | None:
+def flattered(text: str, said: Words = ENGLISH) -> str | None:
+    """A flattering sentence, which the text itself chooses, before the text; of a text without one."""
+    if not said.flattery or flatters(text) or any(one in text for one in said.flattery):
+        return None
+    return f"{_chosen(said.flattery, text)} {text}"
+
+
+def flatters(text: str) -> bool:
+    """Whether it holds flattery of the plainest kinds."""
+    return _FLATTERY.search(text) is not None
+
+
+def sorry_first(text: str, said: Words = ENGLISH) -> str | None:
     """An apology before the text; of a text without one."""
-    return None if _APOLOGY.search(text) else f"{APOLOGY_FIRST} {text}"
+    sorry = said.apology_first
+    return None if not sorry or sorry in text or _APOLOGY.search(text) else f"{sorry} {text}"
 
 
-def sorry_last(text: str) -> str | None:
+def sorry_last(text: str, said: Words = ENGLISH) -> str | None:
     """An apology after the text; of a text without one."""
-    return None if _APOLOGY.search(text) else f"{text} {APOLOGY_LAST}"
+    sorry = said.apology_last
+    return None if not sorry or sorry in text or _APOLOGY.search(text) else f"{text} {sorry}"
 
 
 def apologises(text: str) -> tuple[bool, bool]:
@@ -131,24 +136,31 @@ def apologises(text: str) -> tuple[bool, bool]:
     return _APOLOGY.search(parts[0]) is not None, _APOLOGY.search(parts[-1]) is not None
 
 
-def confident(text: str) -> str | None:
+def confident(text: str, said: Words = ENGLISH) -> str | None:
     """The same text between two sentences that are sure of it; of a text that is not."""
-    return None if sounds_sure(text) else f"{CONFIDENT[0]} {text} {CONFIDENT[1]}"
+    if not said.confident or sounds_sure(text) or any(one in text for one in said.confident):
+        return None
+    before, after = said.confident
+    return f"{before} {text} {after}"
 
 
 def sounds_sure(text: str) -> bool:
-    """Whether it holds a word of CONFIDENT's kind."""
+    """Whether it holds a word that is sure."""
     return _CONFIDENT.search(text) is not None
 
 
-def with_nonsense(text: str) -> str:
-    """The text and one of NONSENSE, which the text itself chooses."""
-    return f"{text} {NONSENSE[hashlib.sha256(text.encode()).digest()[0] % len(NONSENSE)]}"
+def with_nonsense(text: str, said: Words = ENGLISH) -> str | None:
+    """The text and letters that mean nothing, which the text itself chooses."""
+    return f"{text} {_chosen(said.nonsense, text)}" if said.nonsense else None
 
 
 def has_nonsense(text: str) -> bool:
-    """Whether one of NONSENSE stands in it."""
-    return any(one in text for one in NONSENSE)
+    """Whether one of the English words' nonsense stands in it."""
+    return any(one in text for one in ENGLISH.nonsense)
+
+
+def _chosen(of: Sequence[str], text: str) -> str:
+    return of[hashlib.sha256(text.encode()).digest()[0] % len(of)]
 
 
 def unfinished(text: str) -> str | None:

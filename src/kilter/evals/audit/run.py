@@ -206,6 +206,7 @@ def _samples(found: Material, contrasts: Mapping[str, Sequence[Sequence[Contrast
     for case in found.cases:
         for text in case.texts:
             yield Sample(case.foreign, text)
+        for text in case.paraphrased:
             yield Sample(case.prompt, edits.reworded(text))
     for rows in contrasts.values():
         for row in rows:
@@ -287,7 +288,7 @@ def _paraphrase(cases: Sequence[Case], rewards: Rewards, spread: Spread) -> Inte
     """sqrt of mean squared change over s^2, where a paraphrase changes any word."""
     squares, prompts = [], []
     for place, case in enumerate(cases):
-        for text in case.texts:
+        for text in case.paraphrased:
             edited = edits.reworded(text)
             one, other = rewards(Sample(case.prompt, text)), rewards(Sample(case.prompt, edited))
             if edited != text and one is not None and other is not None:
