@@ -111,7 +111,7 @@ def measure(out: Path, seed: int, method: str) -> None:
         models = {"best_of_n": "best_of_n", "sft": sft}
         run(out, method, seed, stages | {"evaluation": evaluation(models, sft, reward, curve_prompts=2200)})
         return
-    stages = {"thumbs": DEMO["preferences"] | {"model": sft, "ask": "thumbs"}} if method == "kto" else {}
+    stages = {"thumbs": DEMO["preferences"] | {"model": sft, "ask": "thumbs", "again": 0}} if method == "kto" else {}
     scored = {"reward": reward, "audit": "ignore"} if method in ("online", "ppo") else {}
     made = strengths(method, f"{pairs}/rankings.jsonl").values()
     models = {f"{method}-{at}": f"{method}-{at}" for at in range(1, len(made) + 1)}

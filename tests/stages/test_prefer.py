@@ -137,7 +137,12 @@ def test_a_loss_that_cannot_be_is_refused_before_the_first_stage(
 
 
 def collected(ask: str, **changes: Any) -> dict[str, Any]:
-    values = small.recipe()["stages"]["preferences"] | {"model": BASE, "ask": ask, "sampling": {"max_new_tokens": 12}}
+    values = small.recipe()["stages"]["preferences"] | {
+        "model": BASE,
+        "ask": ask,
+        "again": 0,
+        "sampling": {"max_new_tokens": 12},
+    }
     return values | changes
 
 

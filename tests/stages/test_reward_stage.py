@@ -232,7 +232,7 @@ def test_thumbs_are_learned_from_and_measured_within_a_prompt(tmp_path: Path, as
 
 
 def test_marks_and_thumbs_are_collected_for_reward_models(tmp_path: Path) -> None:
-    collect = small.recipe()["stages"]["preferences"] | {"model": BASE, "sampling": {"max_new_tokens": 8}}
+    collect = small.recipe()["stages"]["preferences"] | {"model": BASE, "sampling": {"max_new_tokens": 8}, "again": 0}
     learned = {"stage": "reward", "model": BASE, "centering": 0.0, "optim": {**small.OPTIM, "batch_size": 16}}
     out = run(
         tmp_path / "run",
@@ -266,10 +266,16 @@ def test_marks_and_thumbs_are_collected_for_reward_models(tmp_path: Path) -> Non
 def test_what_is_collected_must_fit_the_reward_model(
     tmp_path: Path, ask: str, changes: dict[str, Any], reason: str
 ) -> None:
-    collect = small.recipe()["stages"]["preferences"] | {"model": BASE, "ask": ask}
+    collect = small.recipe()["stages"]["preferences"] | {"model": BASE, "ask": ask, "again": 0}
     with pytest.raises(ConfigError, match=f"stages.reward: data is 'asked', which .*{reason}"):
         run(tmp_path / "run", asked=collect, reward=stage(Path("asked"), **changes))
     assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_agreement_is_taken_of_rankings(tmp_path: Path) -> None:
+    collect = small.recipe()["stages"]["preferences"] | {"model": BASE, "ask": "thumbs", "again": 3}
+    with pytest.raises(ConfigError, match="again is 3 and ask thumbs; agreement is taken of rankings"):
+        run(tmp_path / "run", asked=collect)
 
 
 def _pairs(folder: Path, asked: list[Prompt]) -> Path:
