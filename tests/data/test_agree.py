@@ -78,7 +78,10 @@ def test_the_first_of_repeated_verdicts_counts() -> None:
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (PreferencePair(prompt=ASKED, chosen="x", rejected="y"), "record 2 is a PreferencePair; agreement needs"),
+        (
+            PreferencePair(prompt=ASKED, chosen="x", rejected="y"),
+            "record 2 is a PreferencePair; who judged what is read from judgements",
+        ),
         (judged("", (0, 1)), "record 2: 'annotator' is empty"),
     ],
 )

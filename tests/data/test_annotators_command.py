@@ -119,7 +119,10 @@ def test_repeated_and_identical_verdicts() -> None:
     [
         ([judged("a", (0, 1), "xy"), judged("b", (0, 1), "xy", asked="!")], r"no two annotators judged the same item"),
         ([judged("a", (0, 1), "xx")], "no two different responses were compared"),
-        ([PreferencePair(prompt=(Message("user", "?"),), chosen="x", rejected="y")], "needs judgements, which say who"),
+        (
+            [PreferencePair(prompt=(Message("user", "?"),), chosen="x", rejected="y")],
+            "who judged what is read from judgements",
+        ),
         ([judged("", (0, 1), "xy")], "'annotator' is empty"),
     ],
 )

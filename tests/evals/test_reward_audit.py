@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import statsmodels.api as sm
+from scipy.stats import rankdata
 from statsmodels.stats.multitest import multipletests
 
 from kilter.errors import DataError
@@ -29,6 +31,7 @@ from kilter.evals.audit import (
 from kilter.evals.audit.detectors import Case
 from kilter.evals.audit.effects import Effect, Spread, holm, in_spreads, ratio, slope, spread_of, within
 from kilter.records import Judgement, Message, PreferencePair, Ranking, Sample, Score
+from kilter.rollout.best_of_n import best_of_n_curve
 
 TEXTS = (
     "He is not sure. It is hard to help people who do not ask, his friends say.",
@@ -97,6 +100,8 @@ def found() -> Material:
             "HE saw her. Mr John knew her and himself",
             "SHE saw him. Ms Linda knew him and herself",
         ),
+        (edits.groups_swapped, "ſhe is here, of hıs kind", "ſhe is here, of hıs kind"),
+        (edits.reworded, "Uſe it", "Uſe it"),
         (edits.groups_swapped, "The theme of this manual", "The theme of this manual"),
         (edits.contracted, "It is so. I cannot, do not", "It's so. I can't, don't"),
         (edits.spelled_out, "It's so. I can't, don't", "It is so. I cannot, do not"),
@@ -319,3 +324,28 @@ def test_best_of_by_hand() -> None:
     proxy, gold = best_of([row, Ranking(prompt=prompt, responses=("1", "2"), ranks=(0, 1))], rewards)
     assert proxy == [[1.0, 2.0, 3.0, 4.0]]
     assert gold == [pytest.approx([0.5, 1.0, 0.5, 0.0])]
+
+
+def test_best_of_n_is_what_choosing_from_every_subset_gives() -> None:
+    """A reward that pays for place among six answers, with noise and ties: of all subsets of n, who is chosen."""
+    generator = np.random.default_rng(3)
+    rows = []
+    for at in range(40):
+        ranks = tuple(int(one) for one in generator.integers(0, 4, 6))
+        values = np.round(-generator.choice([0.0, 1.0]) * np.array(ranks) + generator.normal(0, 1, 6))
+        texts = tuple(f"{value} {place}" for place, value in enumerate(values))
+        rows.append(Ranking(prompt=(Message("user", f"{at}?"),), responses=texts, ranks=ranks))
+    rewards = Rewards(ByText(lambda sample: float(sample.text.split()[0])))
+    rewards.ask(Sample(row.prompt, text) for row in rows for text in row.responses)
+    curve = best_of_n_curve(*best_of(rows, rewards), ns=range(1, 7))
+    beats = [point.gold.mean for point in curve if point.gold is not None]
+    for n, found in enumerate(beats, start=1):
+        chosen = []
+        for row in (row for row in rows if len(set(row.ranks)) > 1):
+            paid = np.array([float(text.split()[0]) for text in row.responses])
+            beaten = (6 - rankdata(row.ranks)) / 5
+            for some in itertools.combinations(range(6), n):
+                best = [at for at in some if paid[at] == paid[list(some)].max()]
+                chosen.append(beaten[best].mean())
+        assert found == pytest.approx(np.mean(chosen))
+    assert beats[0] == pytest.approx(0.5) and beats[5] > beats[2] > 0.55

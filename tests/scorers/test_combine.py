@@ -36,7 +36,9 @@ def sigmoid(x: float) -> float:
 )
 def test_every_way_by_hand(said: dict[str, Any], expected: list[float]) -> None:
     usual = (0.5, 0.0, 4.0)
-    assert Combination.of(said, LABELS, usual)(SAID).tolist() == pytest.approx(expected, abs=1e-12)
+    combination = Combination.of(said, LABELS, usual)
+    assert combination(SAID).tolist() == pytest.approx(expected, abs=1e-12)
+    assert combination(SAID[:, :0]).tolist() == []
 
 
 def test_one_head_says_what_it_says() -> None:

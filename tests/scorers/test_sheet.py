@@ -163,7 +163,7 @@ def test_every_mistake_names_the_file_and_the_entry(text: str, words: str, tmp_p
 
 
 def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file; give the path of a rule sheet"):
         load_rules("none.yaml")
 
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import small
+from rich.console import Console
 
 import kilter
 from kilter.cli import main
+from kilter.cli.audit import AuditOptions
+from kilter.cli.options import parse
+from kilter.config import Combine, RlStage
 from kilter.errors import CheckError
 from kilter.report.audit import audit_page
 from kilter.rundir import read_jsonl, write_json
+from kilter.stages.audit import check_audit
 from kilter.stages.inputs import AUDIT, fingerprints, folder_hash
+from kilter.stages.progress import Watch
+from kilter.stages.worker import Relay
+from kilter.stages.workers import _Worker
 
 BASE = "kilter.world:MODEL_PATH"
 
@@ -141,6 +153,64 @@ def test_the_gate(reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     done = kilter.align(rl(reward, audit="ignore"), out=tmp_path / "ignored").stage(1, "ppo").done
     assert done is not None and done["reward_audit"] == "failed"
     assert "trained on nevertheless" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("audited", "used", "problem"),
+    [
+        (None, None, ""),
+        (None, {"how": "mean", "variance_coef": 3.0}, ""),
+        (None, {"how": "min"}, r"another way: Combination\(how='mean'.*here Combination\(how='min'"),
+        ({"how": "min", "variance_coef": 2.0}, {"how": "min"}, ""),
+        ({"how": "min"}, None, "another way"),
+        ({"how": "mean_minus_variance"}, {"how": "mean_minus_variance", "variance_coef": 2.0}, "another way"),
+        ({"weights": {"a": 2.0}}, {"weights": {"a": 3.0}}, "another way"),
+        ({"weights": {"a": 2.0}}, {"weights": {"the b": 3.0}}, "another way"),
+        ({"weights": {"c": 2.0}}, None, "cannot be read as an audit"),
+        ("min", None, "cannot be read as an audit"),
+    ],
+)
+def test_heads_combined_in_another_way_are_another_reward(
+    audited: Any, used: Any, problem: str, tmp_path: Path
+) -> None:
+    heads = {"labels": ["a", "the b"], "kind": "ensemble", "usual": [0, 0], "combine": {"how": "mean"}, "base": ""}
+    write_json(tmp_path / "kilter.json", {"heads": heads})
+    told = {"version": 1, "weights": folder_hash(tmp_path), "passed": True, "failed": [], "combine": audited}
+    write_json(tmp_path / AUDIT, told)
+    with pytest.raises(CheckError, match=problem) if problem else contextlib.nullcontext() as caught:
+        assert gate(tmp_path, combine=used) == "passed"
+    if used and caught:
+        command = shlex.split(str(caught.value).split("`")[1])
+        options = parse(AuditOptions, command[4:], prog="kilter", default=AuditOptions())
+        assert options.combine == Combine.model_validate(used)
+    write_json(tmp_path / "kilter.json", {"heads": heads | {"labels": ["a"], "usual": [0]}})
+    write_json(tmp_path / AUDIT, told | {"weights": folder_hash(tmp_path), "combine": None})
+    assert gate(tmp_path, combine={"how": "min"}) == "passed"  # one head is itself however it is combined
+
+
+def gate(folder: Path, watch: Watch | None = None, **changes: Any) -> str | None:
+    stage = RlStage.model_validate({**small.RL, "model": BASE, "reward": str(folder), **changes})
+    context: Any = SimpleNamespace(name="ppo", watch=watch or Watch())
+    return check_audit(context, stage, str(folder))
+
+
+def test_a_run_says_once_that_a_model_was_never_audited(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    watch = Watch(Console(file=io.StringIO(), width=1000))
+    sent = io.StringIO()
+    relay = Relay(sent)
+    for name in ("one", "two", "one"):
+        assert gate(tmp_path / name, watch) == gate(tmp_path / name, watch.beside()) == "none"
+        assert gate(tmp_path / name, relay) == "none"
+    assert isinstance(watch.console.file, io.StringIO)
+    assert watch.console.file.getvalue().count("never audited") == 2
+    events = [json.loads(line) for line in sent.getvalue().splitlines()]
+    assert [list(event) for event in events] == [["say_once"]] * 3  # left to the parent, who knows what others said
+    parent: Any = SimpleNamespace(task=None, _watch=watch)
+    for event in events:
+        _Worker.take(parent, event)
+    assert watch.console.file.getvalue().count("never audited") == 2
 
 
 @pytest.mark.parametrize(

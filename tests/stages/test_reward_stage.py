@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import kilter
 from kilter import data, world
+from kilter.cli import main
 from kilter.errors import ConfigError, DataError
 from kilter.models.load import load_model, with_random_weights
 from kilter.models.reward_heads import heads_of
@@ -110,7 +111,9 @@ def test_every_kind_of_heads_trains_and_comes_back_as_it_was(tmp_path: Path, jud
     assert [score.value for score in worst] == pytest.approx([min(score.parts.values()) for score in worst])
 
 
-def test_who_is_paid_by_several_heads_may_say_how_they_are_combined(tmp_path: Path, judgements: Path) -> None:
+def test_who_is_paid_by_several_heads_may_say_how_they_are_combined(
+    tmp_path: Path, judgements: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = {"path": "kilter.world:prompts", "options": {"split": "train", "per_kind": 1}}
     rl = {**small.RL, "model": BASE, "rollouts": 1, "prompts": prompts, "ppo": {"kl_coef": 0.1}}
     combine = {"how": "mean_minus_variance", "variance_coef": 5.0}
@@ -124,6 +127,15 @@ def test_who_is_paid_by_several_heads_may_say_how_they_are_combined(tmp_path: Pa
     # The same policy and, by name, other draws: what is taken away is the variance, which is above 0.
     assert careful["rollout/score"] < mean["rollout/score"]
     assert mean["rollout/spread"] > 0 and careful["rollout/spread"] > 0
+    words = ["reward", "audit", str(result(out, "reward")), "--data", str(judgements)]
+    told = []
+    for more in ([], ["combine:combine", "--combine.how", "min"]):
+        main([*words, *more])
+        told.append(json.loads((result(out, "reward") / "audit.json").read_text()))
+    assert told[0]["combine"] is None and told[1]["combine"]["how"] == "min"
+    assert told[0]["spread"] != told[1]["spread"]
+    assert main(["reward", "audit", "rules.yaml", *words[3:], "--out", str(tmp_path), *more]) == 2
+    assert "rules.yaml is none; drop it" in capsys.readouterr().err
 
 
 class Heads:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from kilter.cli.options import parse
-from kilter.config import Model
+from kilter.config import Combine, Model
 from kilter.errors import ConfigError, one_line
 
 PROG = "kilter reward audit MODEL"
@@ -31,6 +31,8 @@ class AuditOptions(Model):
     """Prompts of which edited copies are scored, at most: about 30 texts each."""
     words: str = ""
     """The words that are put into copies, where English ones say little: a JSON file, or `package.module:name`."""
+    combine: Combine | None = None
+    """How several heads of the model make one number, as the stage says that it pays; none: as the model says."""
     as_json: bool = False
     """Print everything as JSON."""
 
@@ -49,7 +51,14 @@ def run(words: list[str]) -> int:
         raise ConfigError(f"{PROG}: {words[0]} is no folder to write the audit into; say where with --out")
     from kilter.stages.audit import audit_file, write_audit
 
-    told = audit_file(words[0], options.data, prompts=options.prompts, words=options.words, format=options.format)
+    told = audit_file(
+        words[0],
+        options.data,
+        prompts=options.prompts,
+        words=options.words,
+        format=options.format,
+        combine=options.combine,
+    )
     page = write_audit(told, folder)
     if options.as_json:
         print(json.dumps(told, ensure_ascii=False, indent=1))

@@ -92,14 +92,14 @@ class _OnceEach(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> Any:
-    """The plain values of a YAML file."""
+def read_yaml(path: Path, *, what: str = "a recipe") -> Any:
+    """The plain values of a YAML file; `what` it holds is for errors."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as err:
-        raise ConfigError(f"{path}: no such file; give the path of a recipe (YAML)") from err
+        raise ConfigError(f"{path}: no such file; give the path of {what} (YAML)") from err
     except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path}: cannot be read ({err}); a recipe is a UTF-8 YAML file") from err
+        raise ConfigError(f"{path}: cannot be read ({err}); {what} is a UTF-8 YAML file") from err
     try:
         return _OnceEach(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as err:  # ValueError: a date that is none, a number too long

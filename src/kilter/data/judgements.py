@@ -70,10 +70,10 @@ def every_verdict(records: Iterable[Record]) -> Iterator[tuple[Verdict, tuple[st
     for place, record in enumerate(records):
         if not isinstance(record, Judgement):
             raise DataError(
-                f"record {place + 1} is a {type(record).__name__}; agreement needs judgements, which say who"
+                f"record {place + 1} is a {type(record).__name__}; who judged what is read from judgements alone"
             )
         if not record.annotator:
-            raise DataError(f"record {place + 1}: 'annotator' is empty; agreement needs to know who judged")
+            raise DataError(f"record {place + 1}: 'annotator' is empty; say who judged, or leave the record out")
         prompt = prompt_id(record.prompt)
         for compared in comparisons([record]):
             # By hash: a file that puts the better response first would have all its verdicts in one category.

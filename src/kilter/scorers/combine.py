@@ -55,7 +55,7 @@ class Combination:
 
     def __call__(self, values: Floats) -> Floats:
         """float[K, n] -> float[n]."""
-        if len(values) == 1 and self.how != "vote":
+        if not values.size or (len(values) == 1 and self.how != "vote"):
             alone: Floats = values[0]
             return alone
         if self.how == "min":

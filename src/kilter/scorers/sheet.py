@@ -170,7 +170,7 @@ def load_rules(source: str | Path | Mapping[str, Any], *, dtype: torch.dtype | N
         ModelError: no such reward model.
     """
     place = str(source) if isinstance(source, str | Path) else "rules"
-    raw = read_yaml(Path(source)) if isinstance(source, str | Path) else source
+    raw = read_yaml(Path(source), what="a rule sheet") if isinstance(source, str | Path) else source
     if not isinstance(raw, Mapping) or not isinstance(raw.get("rules"), list | tuple):
         raise ConfigError(f"{place}: a rule sheet is a mapping with a list of `rules:`; docs/rewards.md shows one")
     read = dict(raw) | {"rules": [_entry(f"{place}: rules[{at}]", one) for at, one in enumerate(raw["rules"])]}

@@ -29,6 +29,7 @@ class Watch:
             disable=not self._live,
         )
         self._task = self._bar.add_task("", total=None, figures="", visible=False)
+        self._once: set[str] = set()
         self._name, self._total, self._tokens = "", 0, 0
         self._began = self._said = 0.0
 
@@ -43,11 +44,19 @@ class Watch:
 
     def beside(self) -> Watch:
         """Another bar on the same screen, for work that goes on at the same time."""
-        return Watch(self.console, self._bar)
+        other = Watch(self.console, self._bar)
+        other._once = self._once
+        return other
 
     def say(self, text: str) -> None:
         """One line that stays."""
         self.console.print(text, highlight=False, markup=False)
+
+    def say_once(self, text: str) -> None:
+        """The same, unless this run has said it."""
+        if text not in self._once:
+            self._once.add(text)
+            self.say(text)
 
     def begin(self, name: str, total: int, done: int = 0) -> None:
         """A new stage or part of one, of `total` steps."""

@@ -38,6 +38,9 @@ class Relay(Watch):
     def say(self, text: str) -> None:
         self.send(say=text)
 
+    def say_once(self, text: str) -> None:
+        self.send(say_once=text)
+
     def begin(self, name: str, total: int, done: int = 0) -> None:
         self.send(begin={"name": name, "total": total, "done": done})
 

@@ -136,6 +136,8 @@ class _Worker:
             return float(value)
         if kind == "say":
             self._watch.say(f"{name}: {value.lstrip()}")
+        elif kind == "say_once":
+            self._watch.say_once(value)  # without the stage: another says the same
         elif kind == "begin":
             self._watch.begin(**value)
         else:

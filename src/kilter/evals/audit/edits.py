@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kilter.evals.audit.words import ENGLISH, Words
 
@@ -24,6 +24,12 @@ _FLATTERY = re.compile(
 )
 _CONFIDENT = re.compile(r"\b(?:absolutely|certain|certainly|definitely|no doubt|undoubtedly)\b", re.IGNORECASE)
 
+
+def _any_case(words: Iterable[str]) -> str:
+    """A pattern of them in small and capital letters. IGNORECASE takes more for the same: a long s for an s."""
+    return "|".join("".join(f"[{one}{one.swapcase()}]" if one.isalpha() else one for one in word) for word in words)
+
+
 # Each word of a man with that of a woman. "her" is both "him" and "his": which of them, the next word says.
 _PAIRS = {
     "he": "she", "himself": "herself", "man": "woman", "men": "women", "boy": "girl", "boys": "girls",
@@ -35,7 +41,7 @@ _PAIRS = {
 }  # fmt: skip
 MALE: Mapping[str, str] = {**_PAIRS, "him": "her", "his": "her"}
 FEMALE: Mapping[str, str] = {**{woman: man for man, woman in _PAIRS.items()}, "her": "him", "hers": "his"}
-_GENDERED = re.compile(rf"\b(?:{'|'.join({*MALE, *FEMALE})})\b(?P<after>\s+[a-z]+)?", re.IGNORECASE)
+_GENDERED = re.compile(rf"\b(?:{_any_case({*MALE, *FEMALE})})\b(?P<after>\s+[A-Za-z]+)?")
 _NOT_OWNED = re.compile(
     "a|about|after|again|and|are|as|at|be|because|before|but|by|can|did|do|for|from|had|has|he|how|if|in|into|is|it|of|"
     "off|on|or|out|she|so|than|that|the|then|there|they|to|too|up|was|were|what|when|where|who|why|will|with"
@@ -203,7 +209,7 @@ def gender(text: str) -> int:
 
 def _replacing(table: Mapping[str, str]) -> Callable[[str], str]:
     known = {key.lower(): value for key, value in table.items()}
-    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, table))})\b", re.IGNORECASE)
+    pattern = re.compile(rf"\b(?:{_any_case(table)})\b")
 
     def one(match: re.Match[str]) -> str:
         made = known[match[0].lower()]
