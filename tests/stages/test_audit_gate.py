@@ -189,7 +189,7 @@ def test_heads_combined_in_another_way_are_another_reward(
 
 
 def gate(folder: Path, watch: Watch | None = None, **changes: Any) -> str | None:
-    stage = RlStage.model_validate({**small.RL, "model": BASE, "reward": str(folder), **changes})
+    stage = RlStage.model_validate({**small.RL, "model": BASE, "reward": str(folder), "audit": "heed", **changes})
     context: Any = SimpleNamespace(name="ppo", watch=watch or Watch())
     return check_audit(context, stage, str(folder))
 
