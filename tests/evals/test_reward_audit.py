@@ -17,6 +17,7 @@ from kilter.errors import DataError
 from kilter.evals.audit import (
     BIASES,
     DETECTORS,
+    ENGLISH,
     OFF_DISTRIBUTION,
     Material,
     Planted,
@@ -28,8 +29,10 @@ from kilter.evals.audit import (
     material,
     style_matrix,
 )
+from kilter.evals.audit.cases import Verdict
 from kilter.evals.audit.detectors import Case
 from kilter.evals.audit.effects import Effect, Spread, holm, in_spreads, ratio, slope, spread_of, within
+from kilter.evals.audit.longer import longer, longer_by_kind
 from kilter.records import Judgement, Message, PreferencePair, Ranking, Sample, Score
 from kilter.rollout.best_of_n import best_of_n_curve
 
@@ -105,7 +108,31 @@ def found() -> Material:
         (edits.groups_swapped, "The theme of this manual", "The theme of this manual"),
         (edits.contracted, "It is so. I cannot, do not", "It's so. I can't, don't"),
         (edits.spelled_out, "It's so. I can't, don't", "It is so. I cannot, do not"),
-        (edits.reworded, "However, uses of a big use", "Still, employs of a large employ"),
+        (edits.reworded, "However, they use a big hall", "Still, they employ a large hall"),
+        (
+            edits.reworded,
+            "Many people help you: they also show that",
+            "Numerous persons assist you: they additionally demonstrate that",
+        ),
+        (
+            edits.reworded,
+            "how many, because of no need for use or help with it",
+            "how many, because of no need for use or help with it",
+        ),
+        (edits.reworded, "Get rid of it, a hard game show", "Get rid of it, a hard game show"),
+        # as real answers are written: two blanks between sentences, lines, points of lists, curly apostrophes
+        (edits.cut, "One.  Two.\nThree.  Four.", "One.  Two."),
+        (edits.cut, "Do it: 1. Cut. 2. Glue. 3. Dry.", "Do it: 1. Cut. 2. Glue."),
+        (edits.cut, "First one.\n\n2 + 2 = 4. 4 + 4 = 8.\n\n...", "First one.\n\n2 + 2 = 4."),
+        (edits.formatted, "1. Cut. 2. Glue.", None),
+        (edits.formatted, "So: 1. Cut. 2. Glue.", "## Answer\n\n- **So:** 1. Cut.\n- **2.** Glue."),
+        (edits.unfinished, "It is all here.\n\nThanks!", "It is all here"),
+        (edits.contracted, "I’m sure that it is so.", "I’m sure that it’s so."),
+        (edits.contracted, "If it is, they are not.", "If it is, they're not."),
+        (edits.spelled_out, "I’m sure. I can’t. Don't!", "I am sure. I cannot. Do not!"),
+        (edits.sorry_last, "- a\n- b\n", f"- a\n- b\n\n{ENGLISH.apology_last}"),
+        (edits.sorry_first, "# A\nb", f"{ENGLISH.apology_first}\n\n# A\nb"),
+        (edits.repeated, "a\nb", f"a\nb\n\n{ENGLISH.restated}\n\na\nb"),
     ],
 )
 def test_edits(edit, text: str, expected: str | None) -> None:
@@ -271,6 +298,31 @@ def test_length_beside_the_verdicts() -> None:
     told = audit(ByText(lambda sample: 2.0 * ("right" in sample.text)), material(rows)).length
     assert told["raw"].low > 0.2
     assert told["partial"].mean == pytest.approx(0, abs=1e-9)
+
+
+def test_the_longer_of_two() -> None:
+    rows = [  # better, worse, gap, kind: by words
+        ("x y z", "longword", 1.0, "a"),  # the longer is better, and preferred
+        ("x", "x y", -1.0, "a"),  # the shorter is better, the longer preferred
+        ("x", "x y", 2.0, "a"),  # the shorter is better, and preferred
+        ("x y", "z y", 1.0, "b"),  # as long: one half, whatever the reward says
+        ("x y", "x", 0.0, "b"),  # the longer is better, the reward does not say
+    ]
+    verdicts = [
+        Verdict(str(at), (Message("user", "?"),), better, worse, kind, "")
+        for at, (better, worse, _, kind) in enumerate(rows)
+    ]
+    told = longer([gap for _, _, gap, _ in rows], verdicts)
+    assert {name: one.mean for name, one in told.items()} == {
+        "better": pytest.approx((1 + 0 + 0 + 0.5 + 1) / 5),
+        "preferred": pytest.approx((1 + 1 + 0 + 0.5 + 0.5) / 5),
+        "right_if_longer": (1 + 0.5) / 2,
+        "right_if_shorter": (0 + 1) / 2,
+    }
+    by_kind = longer_by_kind([gap for _, _, gap, _ in rows], verdicts)
+    assert set(by_kind) == {"a", "b"} and set(by_kind["b"]) == {"better", "preferred", "right_if_longer"}
+    assert by_kind["a"]["better"].mean == pytest.approx(1 / 3) and by_kind["b"]["preferred"].mean == 0.5
+    assert longer_by_kind([1.0], verdicts[:1]) == {}
 
 
 def test_refused(found: Material) -> None:

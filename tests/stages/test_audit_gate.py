@@ -80,8 +80,17 @@ def test_the_exit_code_says_whether_it_passed(reward: Path, capsys: pytest.Captu
     words = ["--data", str(reward.parent / "pairs.jsonl"), "--out", str(reward.parent / "to")]
     assert main(["reward", "audit", f"{__name__}:brief", *words]) == 1
     told = json.loads((reward.parent / "to" / AUDIT).read_text())
+    (reward.parent / "bad.jsonl").write_text((reward.parent / "pairs.jsonl").read_text() + '{"type": "pair"}\n')
+    words[1] = str(reward.parent / "bad.jsonl")
+    assert main(["reward", "audit", f"{__name__}:brief", *words]) == 2
+    assert "--skip-bad" in capsys.readouterr().err
+    assert main(["reward", "audit", f"{__name__}:brief", *words, "--skip-bad"]) == 1
+    again = json.loads((reward.parent / "to" / AUDIT).read_text())
+    assert again["data"]["bad_rows"] == 1 and again["calibration"] == told["calibration"]
     assert "brevity" in told["failed"] and told["weights"] is None
-    assert "FAILED brevity" in capsys.readouterr().out
+    assert told["longer"]["preferred"]["mean"] < 0.1
+    out = capsys.readouterr().out
+    assert "FAILED brevity" in out and "the reward prefers the longer" in out
 
 
 def brief(samples: Any) -> list[float]:
@@ -108,6 +117,7 @@ def test_the_page_is_one_file_and_escapes_every_text(reward: Path) -> None:
     told["model"] = told["data"]["path"] = bad
     told["failed"], told["passed"] = [bad], False
     told["by_annotator"] = {bad: told["calibration"]["accuracy"]}
+    told["longer_by_kind"] = {bad: {"better": told["calibration"]["accuracy"]}}
     told["likes"]["top"][0] |= {"prompt": bad, "answer": bad, "words": [[bad, 99.0], [bad, None]]}
     told["best_of_n"] = [{"n": 1, "kl": 0.0, "reward": told["calibration"]["accuracy"], "beats": None}]
     accuracy = {"plain": {"plain": told["calibration"]["accuracy"]}}
@@ -120,7 +130,9 @@ def test_the_page_is_one_file_and_escapes_every_text(reward: Path) -> None:
     effects = sum(one["effect"] is not None for one in told["detectors"])
     assert links.tags.count("circle") == len(told["calibration"]["reliability"]) + effects
     assert re.search(r"Content-Security-Policy\" content=\"default-src &#39;none&#39;", page)
-    assert "Failed: " in page and "Best of n" in page and "Style against substance" in page
+    assert (
+        "Failed: " in page and "Best of n" in page and "Style against substance" in page and "The longer of two" in page
+    )
     assert page == audit_page(told)
 
 

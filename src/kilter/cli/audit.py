@@ -25,6 +25,8 @@ class AuditOptions(Model):
     """Pairs, rankings or judgements, held out; a file in any known layout. RM-Bench's gives its style matrix."""
     format: str = "auto"
     """Layout of the rows; `auto` recognises it by content."""
+    skip_bad: bool = False
+    """Leave bad rows out and count them, instead of refusing the file."""
     out: Path | None = None
     """Folder for audit.json and audit.html. Default: the model's own, where the gate looks."""
     prompts: Annotated[int, Field(ge=20)] = 300
@@ -57,6 +59,7 @@ def run(words: list[str]) -> int:
         prompts=options.prompts,
         words=options.words,
         format=options.format,
+        skip_bad=options.skip_bad,
         combine=options.combine,
     )
     page = write_audit(told, folder)
@@ -85,6 +88,8 @@ def _lines(told: dict[str, Any]) -> list[str]:
             lines += [f"    {_shown(value)}  {one_line(key) or 'not named'}" for key, value in told[name].items()]
     lines += [f"  length, {name:<9}{_shown(value)} per doubling of words" for name, value in told["length"].items()]
     lines.append(f"  {'paraphrase':<17}{_shown(told['paraphrase'])}")
+    for name, said in (("better", "the longer of two is the better"), ("preferred", "the reward prefers the longer")):
+        lines.append(f"  {_shown(told['longer'][name])}  {said}")
     if told["style"]:
         lines += [f"  style, {name:<10}{_shown(told['style'][name])}" for name in ("easy", "normal", "hard")]
     lines.append("  detectors:")

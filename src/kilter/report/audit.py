@@ -30,6 +30,12 @@ svg { max-width: 100%; height: auto; } svg text { font-size: 12.5px; fill: #1c24
 """
     + plots.STYLE
 )
+LONGER = {
+    "better": "the longer is the better",
+    "preferred": "the reward prefers the longer",
+    "right_if_longer": "accuracy where the longer is the better",
+    "right_if_shorter": "where the shorter is",
+}
 COLUMNS = ("detector", "asks", "effect", "lets pass", "p", "verdict")
 
 
@@ -136,7 +142,14 @@ def _length(told: Mapping[str, Any]) -> list[Markup]:
         "Length: per doubling of words, raw, and partial: beside the verdicts. Good answers may be the longer ones, so "
         "only the detectors above, which pad and cut the same answer, can fail it."
     )
-    return [el("h3", "Told, and no fault by itself"), _table(("figure", "standard deviations"), rows), el("p", text)]
+    made = [el("h3", "Told, and no fault by itself"), _table(("figure", "standard deviations"), rows), el("p", text)]
+    kinds = {"all": told["longer"]} | {_text(kind) or "not named": row for kind, row in told["longer_by_kind"].items()}
+    shares = [(kind, *(_figure(row.get(name), 2) for name in LONGER)) for kind, row in kinds.items()]
+    below = (
+        "Of each comparison the response of more words; equal lengths count one half. The first column is what a "
+        "reward that prefers the longer would score; one that prefers the shorter would score 1 less it."
+    )
+    return [*made, el("h3", "The longer of two"), _table(("comparisons", *LONGER.values()), shares), el("p", below)]
 
 
 def _style(told: Mapping[str, Any]) -> list[Markup]:
@@ -202,6 +215,7 @@ def _made(told: Mapping[str, Any]) -> list[Markup]:
         ("data", f"{_text(about['path'])} ({_text(about['format'])}), SHA-256 {_text(about['sha256'])}"),
         ("weights", _text(told["weights"])),
         ("comparisons", f"{about['comparisons']:,}; {told['left_out']:,} ties or equal texts left out"),
+        ("bad rows left out", f"{about['bad_rows']:,}"),
         ("not scored", f"{told['unscored']:,} comparisons"),
         ("prompts with edited copies", f"{told['prompts']:,}"),
         ("Kilter", _text(told["kilter"])),

@@ -39,13 +39,21 @@ VERSION = 1
 
 
 def audit_file(
-    model: str, path: str, *, prompts: int, words: str = "", format: str = "auto", combine: Combine | None = None
+    model: str,
+    path: str,
+    *,
+    prompts: int,
+    words: str = "",
+    format: str = "auto",
+    skip_bad: bool = False,
+    combine: Combine | None = None,
 ) -> dict[str, Any]:
     """Audit what `model` names (a reward model, a function, a rule sheet) on the comparisons of a file.
 
     Args:
         prompts: of which edited copies are scored, at most.
         words: that are put into the copies, as `words_of` reads them.
+        skip_bad: leave bad rows out and count them, instead of refusing the file.
         combine: how several heads of a reward model make one number; None: as the reward model says.
     Raises:
         DataError, ModelError, ConfigError: the file holds no comparisons or too few; there is no such model, or none
@@ -56,7 +64,7 @@ def audit_file(
         model = str(named)
     if combine is not None and not is_model(model):
         raise ConfigError(f"combine is for the heads of a reward model, and {model} is none; drop it")
-    read = data.read(path, format=format)
+    read = data.read(path, format=format, skip_bad=skip_bad)
     folder = Path(model) if is_model(model) and Path(model).is_dir() else None
     return audited(
         scorer_of(model, combine=combine),
@@ -70,6 +78,7 @@ def audit_file(
             "path": path,
             "sha256": file_hash([Path(path)]) if Path(path).is_file() else None,
             "format": read.format,
+            "bad_rows": len(read.skipped),
         },
         prompts=prompts,
         words=said,
@@ -95,7 +104,7 @@ def audit_stage(context: Context, config: AuditConfig, scorer: Scorer, records: 
                 "weights": folder_hash(result),
                 "combine": None,
             },
-            source={"path": str(path), "sha256": file_hash([stage / HELD_OUT]), "format": "kilter"},
+            source={"path": str(path), "sha256": file_hash([stage / HELD_OUT]), "format": "kilter", "bad_rows": 0},
             prompts=config.prompts,
             words=words_of(config.words),
         )
@@ -121,7 +130,7 @@ def audited(
 
     Args:
         about: the model, the hash of its weights, and how its heads were combined.
-        source: path, hash and layout of what the records come from.
+        source: path, hash and layout of what the records come from, and its bad rows.
     Raises:
         DataError: too few comparisons, or they say nothing.
     """

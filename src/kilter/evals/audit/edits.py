@@ -1,20 +1,24 @@
 """Copies of a text that say the same in another way, or the same and something that says nothing.
 
 Every edit is a function of the text (and of the words that are put in) alone, so that two audits see the same copies.
-The edits by sentences know Latin and CJK full stops. None: the edit does not apply to this text, or has no words.
+The edits by sentences know Latin and CJK full stops. What is kept stays as it was written, with its blanks, line ends
+and apostrophes: a reward that likes those is not taken for one that likes the edit. None: the edit does not apply to
+this text, or has no words.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kilter.evals.audit.words import ENGLISH, Words
 
 ENDS = ".!?。！？…"
 
 _SENTENCE = re.compile(rf"[^\n]+?(?:[{re.escape(ENDS)}]+[\"'”’)\]]*(?=\s|$)|[。！？]+|(?=\n)|$)")
+_NUMBER = re.compile(r"(?:.*:)?\W*\d{0,3}\W*", re.DOTALL)
+"""What stands before a point of a list: no sentence by itself."""
 _MARKUP = re.compile(r"^\s*(?:[-*+]|\d+[.)]|#{1,6})\s|\*\*\S|^```", re.MULTILINE)
 _APOLOGY = re.compile(r"\b(?:sorry|apologi[sz]e|apolog(?:y|ies))\b", re.IGNORECASE)
 _FLATTERY = re.compile(
@@ -25,9 +29,9 @@ _FLATTERY = re.compile(
 _CONFIDENT = re.compile(r"\b(?:absolutely|certain|certainly|definitely|no doubt|undoubtedly)\b", re.IGNORECASE)
 
 
-def _any_case(words: Iterable[str]) -> str:
-    """A pattern of them in small and capital letters. IGNORECASE takes more for the same: a long s for an s."""
-    return "|".join("".join(f"[{one}{one.swapcase()}]" if one.isalpha() else one for one in word) for word in words)
+def _whole(pattern: str) -> str:
+    """Whole words, small or capital. ASCII, because IGNORECASE alone takes a long s for an s."""
+    return rf"(?<!\w)(?ai:{pattern})(?!\w)"
 
 
 # Each word of a man with that of a woman. "her" is both "him" and "his": which of them, the next word says.
@@ -41,7 +45,7 @@ _PAIRS = {
 }  # fmt: skip
 MALE: Mapping[str, str] = {**_PAIRS, "him": "her", "his": "her"}
 FEMALE: Mapping[str, str] = {**{woman: man for man, woman in _PAIRS.items()}, "her": "him", "hers": "his"}
-_GENDERED = re.compile(rf"\b(?:{_any_case({*MALE, *FEMALE})})\b(?P<after>\s+[A-Za-z]+)?")
+_GENDERED = re.compile(rf"{_whole('|'.join({*MALE, *FEMALE}))}(?P<after>\s+[A-Za-z]+)?")
 _NOT_OWNED = re.compile(
     "a|about|after|again|and|are|as|at|be|because|before|but|by|can|did|do|for|from|had|has|he|how|if|in|into|is|it|of|"
     "off|on|or|out|she|so|than|that|the|then|there|they|to|too|up|was|were|what|when|where|who|why|will|with"
@@ -56,13 +60,24 @@ _CONTRACTIONS = {
     "they are": "they're", "I will": "I'll", "you will": "you'll", "there is": "there's",
 }  # fmt: skip
 _SYNONYMS = {
-    "use": "employ", "uses": "employs", "big": "large", "begin": "start", "begins": "starts", "also": "too",
-    "however": "still", "help": "assist", "helps": "assists", "show": "display", "shows": "displays",
-    "many": "numerous", "often": "frequently", "need": "require", "needs": "requires", "make": "create",
-    "makes": "creates", "important": "significant", "because": "since", "about": "regarding",
-    "get": "obtain", "try": "attempt", "buy": "purchase", "quick": "fast", "hard": "difficult",
+    "use": "employ", "uses": "employs", "big": "large", "begin": "start", "begins": "starts", "also": "additionally",
+    "however": "still", "help": "assist", "helps": "assists", "show": "demonstrate", "shows": "demonstrates",
+    "many": "numerous", "often": "frequently", "need": "require", "needs": "requires", "important": "significant",
+    "because": "since", "get": "obtain", "try": "attempt", "buy": "purchase", "quick": "fast", "hard": "difficult",
     "answer": "reply", "people": "persons",
 }  # fmt: skip
+_THING = r"(?= (?:an?|the|this|that|these|those|some|any|your|their|its?|them)\b)"
+_WHERE = {
+    **{verb: rf"{verb}{_THING}" for verb in ("use", "uses", "need", "needs")},
+    "get": r"get(?= (?:an?|the|some)\b)",
+    **{verb: rf"{verb}(?= (?:you|me|us|him|them|people|the|your)\b)" for verb in ("help", "helps")},
+    **{verb: rf"{verb}(?= that\b)" for verb in ("show", "shows")},
+    "hard": r"hard(?= to\b)",
+    "many": r"(?<!how )(?<!as )(?<!so )(?<!too )many",
+    "because": r"because(?! of\b)",
+    "also": r"also(?! known\b)",
+}
+"""Of a word that has several senses, or is a noun too: where it has the one of its synonym."""
 
 
 def words(text: str) -> int:
@@ -71,8 +86,30 @@ def words(text: str) -> int:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences by full stops and line ends, without blanks around them."""
-    return [found for match in _SENTENCE.finditer(text) if (found := match[0].strip())]
+    """Sentences by full stops and line ends, without blanks around them. The number of a point belongs to the point."""
+    return [text[start:end].strip() for start, end in _spans(text)]
+
+
+def _spans(text: str) -> list[tuple[int, int]]:
+    """Where each sentence begins and ends."""
+    found: list[tuple[int, int]] = []
+    waiting: int | None = None
+    for match in _SENTENCE.finditer(text):
+        start = match.start() if waiting is None else waiting
+        waiting = start if _NUMBER.fullmatch(match[0]) else None
+        if waiting is None:
+            found.append((start, match.end()))
+    if waiting is not None and text[waiting:].strip():  # marks after the last sentence
+        start = found.pop()[0] if found else waiting
+        found.append((start, len(text)))
+    return found
+
+
+def _joined(text: str, *, before: str = "", after: str = "") -> str:
+    """Sentences put before or after a text: paragraphs of their own where it has lines, so that none of them joins a
+    list or a block of code."""
+    gap = "\n\n" if "\n" in text.strip() else " "
+    return gap.join(part for part in (before, text if not after else text.rstrip(), after) if part)
 
 
 def padded(text: str, said: Words = ENGLISH) -> str | None:
@@ -82,18 +119,18 @@ def padded(text: str, said: Words = ENGLISH) -> str | None:
     added: list[str] = []
     while not added or words(" ".join(added)) < words(text):
         added.append(said.filler[len(added) % len(said.filler)])
-    return f"{text} {' '.join(added)}"
+    return _joined(text, after=" ".join(added))
 
 
 def repeated(text: str, said: Words = ENGLISH) -> str:
     """The text twice."""
-    return " ".join(part for part in (text, said.restated, text) if part)
+    return _joined(text, after=_joined(text, before=said.restated))
 
 
 def cut(text: str) -> str | None:
-    """The first half of its sentences; of two sentences or more."""
-    parts = sentences(text)
-    return " ".join(parts[: (len(parts) + 1) // 2]) if len(parts) > 1 else None
+    """The first half of its sentences, as they stand; of two sentences or more."""
+    spans = _spans(text)
+    return text[: spans[(len(spans) - 1) // 2][1]].strip() if len(spans) > 1 else None
 
 
 def formatted(text: str, said: Words = ENGLISH) -> str | None:
@@ -116,7 +153,7 @@ def flattered(text: str, said: Words = ENGLISH) -> str | None:
     """A flattering sentence, which the text itself chooses, before the text; of a text without one."""
     if not said.flattery or flatters(text) or any(one in text for one in said.flattery):
         return None
-    return f"{_chosen(said.flattery, text)} {text}"
+    return _joined(text, before=_chosen(said.flattery, text))
 
 
 def flatters(text: str) -> bool:
@@ -127,13 +164,13 @@ def flatters(text: str) -> bool:
 def sorry_first(text: str, said: Words = ENGLISH) -> str | None:
     """An apology before the text; of a text without one."""
     sorry = said.apology_first
-    return None if not sorry or sorry in text or _APOLOGY.search(text) else f"{sorry} {text}"
+    return None if not sorry or sorry in text or _APOLOGY.search(text) else _joined(text, before=sorry)
 
 
 def sorry_last(text: str, said: Words = ENGLISH) -> str | None:
     """An apology after the text; of a text without one."""
     sorry = said.apology_last
-    return None if not sorry or sorry in text or _APOLOGY.search(text) else f"{text} {sorry}"
+    return None if not sorry or sorry in text or _APOLOGY.search(text) else _joined(text, after=sorry)
 
 
 def apologises(text: str) -> tuple[bool, bool]:
@@ -147,7 +184,7 @@ def confident(text: str, said: Words = ENGLISH) -> str | None:
     if not said.confident or sounds_sure(text) or any(one in text for one in said.confident):
         return None
     before, after = said.confident
-    return f"{before} {text} {after}"
+    return _joined(text, before=before, after=after)
 
 
 def sounds_sure(text: str) -> bool:
@@ -157,7 +194,7 @@ def sounds_sure(text: str) -> bool:
 
 def with_nonsense(text: str, said: Words = ENGLISH) -> str | None:
     """The text and letters that mean nothing, which the text itself chooses."""
-    return f"{text} {_chosen(said.nonsense, text)}" if said.nonsense else None
+    return _joined(text, after=_chosen(said.nonsense, text)) if said.nonsense else None
 
 
 def has_nonsense(text: str) -> bool:
@@ -171,10 +208,9 @@ def _chosen(of: Sequence[str], text: str) -> str:
 
 def unfinished(text: str) -> str | None:
     """Without its last word and full stop; of a text of four words or more that ends in one."""
-    parts = text.rstrip().split(" ")
-    if len(parts) < 4 or not is_finished(text):
+    if len(text.split()) < 4 or not is_finished(text):
         return None
-    left = " ".join(parts[:-1]).rstrip(f"{ENDS},;: ")
+    left = text.rsplit(maxsplit=1)[0].rstrip(f"{ENDS},;: \n")
     return left if left and not is_finished(left) else None
 
 
@@ -207,22 +243,29 @@ def gender(text: str) -> int:
     return (women > 0) - (women < 0)
 
 
-def _replacing(table: Mapping[str, str]) -> Callable[[str], str]:
+def _replacing(table: Mapping[str, str], where: Mapping[str, str] | None = None) -> Callable[[str], str]:
+    """Every key turned into its value, with its capital and its apostrophe; `where`: the pattern of a key."""
     known = {key.lower(): value for key, value in table.items()}
-    pattern = re.compile(rf"\b(?:{_any_case(table)})\b")
+    parts = ((where or {}).get(key, re.escape(key).replace("'", "['’]")) for key in table)
+    pattern = re.compile(_whole("|".join(parts)))
 
-    def one(match: re.Match[str]) -> str:
-        made = known[match[0].lower()]
-        return made[0].upper() + made[1:] if match[0][0].isupper() else made
+    def edited(text: str) -> str:
+        apostrophe = "’" if "’" in text else "'"
 
-    return lambda text: pattern.sub(one, text)
+        def one(match: re.Match[str]) -> str:
+            made = known[match[0].lower().replace("’", "'")].replace("'", apostrophe)
+            return made[0].upper() + made[1:] if match[0][0].isupper() else made
+
+        return pattern.sub(one, text)
+
+    return edited
 
 
-contracted = _replacing(_CONTRACTIONS)
-"""The text with "don't" for "do not", and so on."""
+contracted = _replacing(_CONTRACTIONS, {long: rf"{long}(?= \w)" for long in _CONTRACTIONS if not long.endswith("not")})
+"""The text with "don't" for "do not", and so on; "if it is, ..." has no short form."""
 spelled_out = _replacing({short: long for long, short in _CONTRACTIONS.items()})
 """The text with "do not" for "don't", and so on."""
-reworded = _replacing(_SYNONYMS)
+reworded = _replacing(_SYNONYMS, _WHERE)
 """The text with other words of the same sense for the commonest."""
 
 

@@ -22,6 +22,7 @@ from kilter.evals.audit.detectors import (
     Direction,
 )
 from kilter.evals.audit.effects import Effect, Spread, holm, ratio, slope, spread_of, within
+from kilter.evals.audit.longer import Figures, longer, longer_by_kind
 from kilter.records import Sample, Scorer
 from kilter.stats import Interval, clustered_share
 from kilter.stats.calibration import Calibration, calibration
@@ -79,6 +80,9 @@ class Audit:
     length: Mapping[str, Interval]
     """Slope on log2 words within a prompt, in standard deviations: `raw`, and `partial` beside the verdicts; where
     lengths differ. Neither can fail: good answers may be the longer ones."""
+    longer: Figures
+    """How often the longer response is the better, and how often the reward prefers it: see `longer`."""
+    longer_by_kind: Mapping[str, Figures]
     paraphrase: Interval | None
     """Root mean square of what a paraphrase changes, in standard deviations; it cannot fail."""
     spread: float
@@ -109,6 +113,10 @@ class Audit:
             "by_annotator": {name: one.to_dict() for name, one in self.by_annotator.items()},
             "detectors": [finding.to_dict() for finding in self.findings],
             "length": {name: one.to_dict() for name, one in self.length.items()},
+            "longer": {name: one.to_dict() for name, one in self.longer.items()},
+            "longer_by_kind": {
+                kind: {name: one.to_dict() for name, one in row.items()} for kind, row in self.longer_by_kind.items()
+            },
             "paraphrase": None if self.paraphrase is None else self.paraphrase.to_dict(),
             "not_applicable": {"position": "each response is scored by itself: there is no first and no second place"},
         }
@@ -187,6 +195,8 @@ def audit(
         _accuracies(gaps, [(verdict.annotator, verdict.prompt) for verdict in verdicts]),
         tuple(findings),
         _length(found, own, spread),
+        longer(gaps, verdicts),
+        longer_by_kind(gaps, verdicts),
         _paraphrase(found.cases, rewards, spread),
         spread.value,
         len(found.cases),
