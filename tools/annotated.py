@@ -179,8 +179,12 @@ def write(docs: Path, name: str, panels: Sequence[Panel], rows: Sequence[Mapping
     docs.mkdir(parents=True, exist_ok=True)
     (docs / f"{name}.svg").write_text(draw(panels), encoding="utf-8")
     (docs / f"{name}.json").write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
+    put(docs / "studies.md", name, section)
+
+
+def put(page: Path, name: str, section: str) -> None:
+    """A section between the marks of its name, new at the page's end."""
     begin, end = f"<!-- {name}: made by tools/{name}.py -->\n", f"<!-- end of {name} -->\n"
-    page = docs / "studies.md"
     before = page.read_text(encoding="utf-8") if page.exists() else ""
     head, found, rest = before.partition(begin)
     after = rest.partition(end)[2] if found else ""

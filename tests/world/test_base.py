@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from kilter.errors import RunError
 from kilter.world import KINDS, MODEL_PATH, pretrain
+from kilter.world import model as parts
 from kilter.world.demonstrators import PLAIN
 
 
@@ -49,6 +50,16 @@ def test_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_any_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert tokenizer.decode(ids) == text
+
+
+def test_a_tokenizer_and_a_decoder_of_another_size() -> None:
+    texts = [f"the {first}{second}ing of it" for first in "bcdfghlmnprst" for second in ("ak", "ell", "or", "un")] * 2
+    tokenizer = parts.wrap(parts.train_tokenizer(texts, size=300), positions=64)
+    config = parts.make_config(tokenizer)
+    assert len(tokenizer) == config.vocab_size == 300
+    assert tokenizer.model_max_length == config.max_position_embeddings == 64
+    text = "The Ünding of it, then?"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
 def test_typed_control_strings_stay_text(tokenizer: PreTrainedTokenizerFast) -> None:

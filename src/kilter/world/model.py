@@ -17,13 +17,13 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-VOCABULARY = 1280
+VOCABULARY, POSITIONS = 1280, 512
 # A word with the space before it, a number, a mark, or white space: no token spans two of them.
 _PIECES = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s+"
 
 
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A BPE vocabulary of `VOCABULARY` tokens learned from `texts`; any other text falls back to single bytes.
+def train_tokenizer(texts: Iterable[str], *, size: int = VOCABULARY) -> Tokenizer:
+    """A BPE vocabulary of `size` tokens learned from `texts`; any other text falls back to single bytes.
 
     The merges are learned first and the byte tokens added to the vocabulary afterwards as ordinary tokens, so that
     `<0x41>` typed by a user stays text. Encoding then decoding gives back every text.
@@ -32,8 +32,9 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = split
-    size = VOCABULARY - len(SPECIALS) - len(byte_tokens)
-    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, min_frequency=2, show_progress=False))
+    pieces_size = size - len(SPECIALS) - len(byte_tokens)
+    trainer = trainers.BpeTrainer(vocab_size=pieces_size, min_frequency=2, show_progress=False)
+    learner.train_from_iterator(texts, trainer)
     learned = json.loads(learner.to_str())["model"]
     pieces = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
     vocabulary = {token: number for number, token in enumerate((*SPECIALS, *byte_tokens, *pieces))}
@@ -46,7 +47,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def wrap(tokenizer: Tokenizer, *, positions: int = POSITIONS) -> PreTrainedTokenizerFast:
     """The tokenizer as transformers saves and loads it, with its template, pad and end-of-turn token."""
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -54,7 +55,7 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         eos_token=END,
         extra_special_tokens=list(ROLES),
         clean_up_tokenization_spaces=False,
-        model_max_length=512,
+        model_max_length=positions,
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
@@ -63,13 +64,13 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 def make_config(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> LlamaConfig:
     """A Llama of 1 to 2 million parameters for this vocabulary."""
     sizes: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "intermediate_size": 384,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": tokenizer.model_max_length,
         "tie_word_embeddings": False,
         "attention_dropout": 0.0,
         "bos_token_id": None,
