@@ -38,7 +38,7 @@ from kilter.rundir import RunDir, read_jsonl, write_folder, write_json
 from kilter.scorers import load_reward_scorer
 from kilter.stages import run_recipe
 from kilter.stages.audit import audit_file, write_audit
-from kilter.stages.rewards import HELD_OUT
+from kilter.stages.context import HELD_OUT
 from kilter.stats import clustered_share
 from kilter.world import model as parts
 
@@ -159,6 +159,7 @@ def learn(out: Path, models: Path, name: str, seed: int) -> RunDir:
     sft = {"stage": "sft", "model": str(start.resolve()), "data": told, "held_out": ASIDE, **design.demonstrations}
     told_by = run(out, f"sft-{design.start.partition('/')[0]}", seed, sft).stage(1, STAGE).result
     reward = {"stage": "reward", "model": str(told_by.resolve()), "data": told["path"], "held_out": ASIDE}
+    reward["audit"] = {"prompts": 0}  # it is audited on pairs of its own below
     return run(out, f"reward-{name}", seed, reward | design.pairs)
 
 
