@@ -31,10 +31,7 @@ class Agreed:
     """The agreement of one stage's annotators. `published`: what people reached elsewhere, by measure."""
 
     stage: str
-    label: str
     items: int | None
-    annotators: int | None
-    measures: tuple[tuple[str, Figure], ...]
     published: tuple[tuple[str, str], ...]
     picture: Picture
     by_kind: Markup | None
@@ -45,7 +42,6 @@ class Audited:
     """The audit of one stage's reward model."""
 
     stage: str
-    label: str
     failed: tuple[str, ...]
     passed: bool
     figures: tuple[tuple[str, str], ...]
@@ -66,15 +62,12 @@ def agreements(run: RunFiles) -> list[Agreed]:
         ]
         if not rows:
             continue
-        label = stage_label(folder)
+        label, items = stage_label(folder), number(told.get("items"))
         kinds = _kinds(section(told, "by_kind"), f"Krippendorff's alpha by kind, {label}", "alpha", (0.0, 1.0))
         found.append(
             Agreed(
                 folder,
-                label,
-                _whole(told.get("items")),
-                _whole(told.get("annotators")),
-                tuple((row.name, row.value) for row in rows),
+                None if items is None else int(items),
                 tuple((name, BESIDE[name].text) for name in BESIDE if any(row.name == name for row in rows)),
                 _drawn(rows, _words(f"Agreement, {label}", rows), "agreement", (0.0, 1.0)),
                 kinds.narrow if kinds else None,
@@ -101,7 +94,6 @@ def _audit(folder: str, told: FileRow) -> Audited:
     figures.append(("temperature that fits", write_figure(figure(found.get("temperature")))))
     return Audited(
         folder,
-        label,
         tuple(visible(text_of(name)) for name in listing(told, "failed")),
         told.get("passed") is True,
         tuple(figures),
@@ -164,11 +156,6 @@ def _drawn(rows: Sequence[Row], title: str, unit: str, include: Sequence[float])
 
 def _figures(given: FileRow) -> list[tuple[str, Figure]]:
     return [(visible(name), value) for name, raw in given.items() if (value := figure(raw)) is not None]
-
-
-def _whole(value: Any) -> int | None:
-    found = number(value)
-    return None if found is None else int(found)
 
 
 def _words(title: str, rows: Sequence[Row]) -> str:
