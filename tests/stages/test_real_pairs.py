@@ -26,6 +26,7 @@ def shortened(shared_data: Path, shared_models: Path, **stage_changes: Any) -> d
         data["limit"] = 700 if stage["stage"] == "reward" else 48
         stage["optim"] |= {"max_tokens": 256}
         stage |= stage_changes
+    recipe["stages"]["reward"]["audit"] = {"prompts": 40}
     recipe["stages"]["ppo"] |= {"rollouts": 2, "prompts_per_rollout": 8, "sampling": {"max_new_tokens": 16}}
     return recipe | {"threads": 1}
 
@@ -35,7 +36,9 @@ def check(run: Path, recipe: dict[str, Any]) -> None:
     summary = json.loads((run / "summary.json").read_text())
     accuracy = summary["reward_model"]["accuracy_on_labels"]
     assert 0 <= accuracy["low"] < accuracy["mean"] < accuracy["high"] <= 1
-    assert {row["verdict"] for row in summary["checks"]} == {"passed"} and len(summary["checks"]) == 4
+    verdicts = {row["name"]: row["verdict"] for row in summary["checks"]}
+    assert verdicts.pop("audit of the reward model, reward") == "failed"  # so small a one, of 700 pairs
+    assert set(verdicts.values()) == {"passed"} and len(verdicts) == 4
     for at, name in enumerate(recipe["stages"], 1):
         folder = run / "stages" / f"{at:02d}-{name}"
         assert json.loads((folder / "done.json").read_text())["steps"] > 0

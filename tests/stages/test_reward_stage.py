@@ -43,7 +43,8 @@ def judgements(tmp_path_factory: pytest.TempPathFactory, asked: list[Prompt]) ->
 
 def stage(judged: Path, **changes: Any) -> dict[str, Any]:
     optim = {**small.OPTIM, "batch_size": 8}
-    return {"stage": "reward", "model": BASE, "data": str(judged), "held_out": 0.2, "optim": optim} | changes
+    given = {"stage": "reward", "model": BASE, "data": str(judged), "held_out": 0.2, "optim": optim}
+    return given | {"audit": {"prompts": 0}} | changes
 
 
 def run(out: Path, **stages: Any) -> Path:
