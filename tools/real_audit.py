@@ -28,10 +28,9 @@ from sklearn.linear_model import LogisticRegression
 
 from annotated import put
 from kilter import data
-from kilter.config import parse
+from kilter.config import AUDIT_PROMPTS, parse
 from kilter.data.chat import ChatEncoder
 from kilter.data.split import split_by_prompt, split_key
-from kilter.evals.audit.cases import PROMPTS
 from kilter.models.load import load_tokenizer
 from kilter.records import PreferencePair, Record, Sample
 from kilter.rundir import RunDir, read_jsonl, write_folder, write_json
@@ -270,7 +269,7 @@ def audited(out: Path, folder: Path, name: str) -> dict[str, dict[str, Any]]:
         file = out / "audits" / name / f"{title.replace(' ', '-')}.json"
         if not file.exists():
             begun = time.process_time()
-            told = audit_file(str(model), str(path), prompts=PROMPTS)
+            told = audit_file(str(model), str(path), prompts=AUDIT_PROMPTS)
             if title == "HH-RLHF":
                 write_audit(told, model)
             write_json(file, told | {"seconds": time.process_time() - begun})

@@ -132,9 +132,25 @@ def test_words_that_are_not_there_are_refused_before_any_work(finished: Path, tm
         "data": str(finished / "stages/02-preferences/result/rankings.jsonl"),
         "audit": {"words": str(tmp_path / "none.json")},
     }
-    with pytest.raises(ConfigError, match=r"words .*none\.json: cannot be read"):
-        kilter.align({"name": "r", "stages": {"reward": stage}}, out=tmp_path / "run")
+    stages = {"sft": small.recipe()["stages"]["sft"], "reward": stage}  # the first would have much to do
+    with pytest.raises(ConfigError, match=r"stages\.reward\.audit: words .*none\.json: cannot be read"):
+        kilter.align({"name": "r", "stages": stages}, out=tmp_path / "run")
     assert not list((tmp_path / "run").glob("stages/*/metrics.jsonl"))
+    stage["audit"] = {"prompts": 5}
+    with pytest.raises(
+        ConfigError, match=r"audit\.prompts: an audit needs 20 prompts or more, and 0 leaves it out; it is 5"
+    ):
+        kilter.align({"name": "r", "stages": stages}, out=tmp_path / "run")
+
+
+def test_the_words_of_an_audit_are_among_what_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "words.json"
+    path.write_text('{"restated": "Or:"}')
+    reward = small.recipe()["stages"]["reward"] | {"data": __file__, "model": str(MODEL_PATH)}
+    recipe = parse({"stages": {"reward": reward | {"audit": {"words": str(path)}}}}, "r")
+    before = fingerprints(recipe)[str(path)]
+    path.write_text('{"restated": "So:"}')
+    assert fingerprints(recipe)[str(path)] != before
 
 
 def test_a_second_crowd_says_how_far_people_agree(finished: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from kilter.cli.options import parse
-from kilter.config import Combine, Model
+from kilter.config import AUDIT_PROMPTS, LEAST_PROMPTS, Combine, Model
 from kilter.errors import ConfigError, one_line
 
 PROG = "kilter reward audit MODEL"
@@ -29,7 +29,7 @@ class AuditOptions(Model):
     """Leave bad rows out and count them, instead of refusing the file."""
     out: Path | None = None
     """Folder for audit.json and audit.html. Default: the model's own, where the gate looks."""
-    prompts: Annotated[int, Field(ge=20)] = 300
+    prompts: Annotated[int, Field(ge=LEAST_PROMPTS)] = AUDIT_PROMPTS
     """Prompts of which edited copies are scored, at most: about 30 texts each."""
     words: str = ""
     """The words that are put into copies, where English ones say little: a JSON file, or `package.module:name`."""

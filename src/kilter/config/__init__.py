@@ -5,6 +5,8 @@ A recipe is a mapping of named stages. A stage names its inputs: an earlier stag
 """
 
 from kilter.config.fields import (
+    AUDIT_PROMPTS,
+    LEAST_PROMPTS,
     AuditConfig,
     Combine,
     DataRef,
@@ -44,6 +46,8 @@ from kilter.config.stages import (
 )
 
 __all__ = [
+    "AUDIT_PROMPTS",
+    "LEAST_PROMPTS",
     "NO_REFERENCE",
     "STAGES",
     "AuditConfig",

@@ -145,10 +145,20 @@ class Precision(Model):
     """Recompute each layer in the backward pass: less memory, about a third more time."""
 
 
+AUDIT_PROMPTS, LEAST_PROMPTS = 300, 20
+"""Prompts of which an audit scores edited copies, unless told otherwise; and below which it says nothing."""
+
+
+def _enough(prompts: int) -> int:
+    if 0 < prompts < LEAST_PROMPTS:
+        raise ValueError(f"an audit needs {LEAST_PROMPTS} prompts or more, and 0 leaves it out; it is {prompts}")
+    return prompts
+
+
 class AuditConfig(Model):
     """The audit of a reward model by the stage that trains it, on what it holds out."""
 
-    prompts: Annotated[int, Field(ge=0)] = 300
+    prompts: Annotated[int, Field(ge=0), AfterValidator(_enough)] = AUDIT_PROMPTS
     """Prompts of which edited copies are scored, at most: about 30 texts each; 0: no audit."""
     words: str = ""
     """The words that are put into copies, where English ones say little: a JSON file, or `package.module:name`."""

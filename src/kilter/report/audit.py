@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +10,7 @@ from markupsafe import Markup
 from kilter.errors import visible
 from kilter.report import plots
 from kilter.report.judged import EFFECTS, detector_rows, effects_words, reliability_bins, reliability_words
-from kilter.report.page import clean
+from kilter.report.page import clean, policy_hash
 from kilter.report.plots import draw_reliability, draw_rows
 from kilter.report.svg import el
 
@@ -41,8 +39,7 @@ COLUMNS = ("detector", "asks", "effect", "lets pass", "p", "verdict")
 
 def audit_page(told: Mapping[str, Any]) -> str:
     """The page."""
-    digest = "sha256-" + base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src '{digest}'"
+    policy = f"default-src 'none'; style-src '{policy_hash(STYLE)}'"
     head = el(
         "head",
         Markup('<meta charset="utf-8">'),

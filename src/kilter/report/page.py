@@ -103,7 +103,7 @@ def render_report(context: Mapping[str, Any]) -> str:
     style = Markup(env.get_template("style.css").render(frames=frames))
     script = Markup(_asset("script.js"))
     page = env.get_template("report.html").render(
-        **context, style=style, script=script, style_hash=_hash(style), script_hash=_hash(script)
+        **context, style=style, script=script, style_hash=policy_hash(style), script_hash=policy_hash(script)
     )
     return clean(page)
 
@@ -130,7 +130,7 @@ def _asset(name: str) -> str:
     return (resources.files("kilter.report") / "templates" / name).read_text("utf-8")
 
 
-def _hash(text: str) -> str:
+def policy_hash(text: str) -> str:
     """The hash by which the page's content policy allows exactly this style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 

@@ -13,17 +13,7 @@ import kilter
 from kilter import data
 from kilter.config import AuditConfig, Combine, OnlineStage, RlStage
 from kilter.errors import CheckError, ConfigError, DataError
-from kilter.evals.audit import (
-    ENGLISH,
-    Rewards,
-    Words,
-    audit,
-    best_of,
-    likes,
-    material,
-    read_words,
-    style_matrix,
-)
+from kilter.evals.audit import Rewards, Words, audit, best_of, likes, material, style_matrix
 from kilter.models.reward_heads import heads_of
 from kilter.records import Judgement, Ranking, Record, Sample, Scorer
 from kilter.report.audit import audit_page
@@ -33,7 +23,7 @@ from kilter.scorers.combine import Combination
 from kilter.scorers.load import load_function
 from kilter.stages.context import FUNCTION, HELD_OUT, Context
 from kilter.stages.inputs import AUDIT, file_hash, folder_hash
-from kilter.stages.scoring import is_model, scorer_of
+from kilter.stages.scoring import is_model, scorer_of, words_of
 
 VERSION = 1
 
@@ -160,17 +150,6 @@ def audited(
         ],
         "likes": likes(scorer, found, rewards),
     }
-
-
-def words_of(name: str) -> Words:
-    """The words that are put into copies: a JSON file's, a mapping's named `package.module:name`, or, of "", English.
-
-    Raises:
-        ConfigError: there is no such file or mapping, or it holds something else.
-    """
-    if not name:
-        return ENGLISH
-    return read_words(load_function(name) if FUNCTION.fullmatch(name) else Path(name))
 
 
 def write_audit(told: dict[str, Any], folder: Path) -> Path:

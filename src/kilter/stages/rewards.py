@@ -23,7 +23,7 @@ from kilter.records import Ranking, Rating, Sample, Scorer
 from kilter.scorers.check import check_scorer
 from kilter.scorers.combine import Combination
 from kilter.scorers.reward_model import RewardModelScorer
-from kilter.stages.audit import audit_stage, words_of
+from kilter.stages.audit import audit_stage
 from kilter.stages.context import HELD_OUT, Context
 from kilter.stages.supervised import Figures, evaluation, held_out_figures
 from kilter.stages.training import (
@@ -88,7 +88,6 @@ def _prepared(stage: RewardStage, kind: str) -> Callable[[Sequence[Any]], Sequen
 def run_reward(context: Context, stage: RewardStage) -> Figures:
     """Any loss over rewards; the result is a sequence classifier with one label for each head."""
     kind = record_kind(stage)
-    words_of(stage.audit.words)  # names a file that there is not: before any work
     equipment = equip(context, stage.model)
     read = read_split(context, equipment, stage, kind, prepare=_prepared(stage, kind))
     labels = _labels(stage, read)

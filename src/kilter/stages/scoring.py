@@ -1,4 +1,5 @@
-"""What a recipe's `reward:` names: an earlier stage, a reward model, a function, or a rule sheet."""
+"""What a recipe's `reward:` names: an earlier stage, a reward model, a function, or a rule sheet; and the words of
+its audit."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from typing import Any
 
 import torch
 
-from kilter.config import Combine, Recipe
+from kilter.config import Combine, Recipe, RewardStage
 from kilter.errors import ConfigError, KilterError
+from kilter.evals.audit import ENGLISH, Words, read_words
 from kilter.records import Scorer
 from kilter.scorers.load import load_function, load_scorer
 from kilter.scorers.reward_model import load_reward_scorer
@@ -49,13 +51,29 @@ def chooser_of(about: Mapping[str, Any]) -> Scorer:
     return scorer_of(about["reward"], combine=None if combine is None else Combine(**combine))
 
 
-def check_rewards(recipe: Recipe) -> None:
-    """Refuses a recipe whose rule sheets are wrong, or that combines what has no heads, before any work.
+def words_of(name: str) -> Words:
+    """The words that are put into copies: a JSON file's, a mapping's named `package.module:name`, or, of "", English.
 
     Raises:
-        ConfigError, ModelError: see `load_rules`; with the stage.
+        ConfigError: there is no such file or mapping, or it holds something else.
+    """
+    if not name:
+        return ENGLISH
+    return read_words(load_function(name) if FUNCTION.fullmatch(name) else Path(name))
+
+
+def check_rewards(recipe: Recipe) -> None:
+    """Refuses a recipe whose rule sheets or words are wrong, or that combines what has no heads, before any work.
+
+    Raises:
+        ConfigError, ModelError: see `load_rules` and `words_of`; with the stage.
     """
     for name, stage in recipe.stages.items():
+        if isinstance(stage, RewardStage):
+            try:
+                words_of(stage.audit.words)
+            except KilterError as err:
+                raise type(err)(f"stages.{name}.audit: {err}") from err
         value = getattr(stage, "reward", None)
         if getattr(stage, "combine", None) is not None and isinstance(value, str) and not is_model(value):
             raise ConfigError(f"stages.{name}.combine is for the heads of a reward model, and {value} is none; drop it")

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kilter.config import AUDIT_PROMPTS, LEAST_PROMPTS
 from kilter.data.lint import comparisons
 from kilter.errors import DataError
 from kilter.evals.audit.detectors import Case
 from kilter.evals.audit.words import ENGLISH, Words
 from kilter.records import Conversation, Record, prompt_id
-
-PROMPTS = 300
-"""Cases, unless told otherwise."""
-LEAST = 20
-"""Prompts below which nothing is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,7 @@ class Material:
     """Of each, the share of its comparisons that it won less that it lost."""
 
 
-def material(records: Sequence[Record], *, prompts: int = PROMPTS, words: Words = ENGLISH) -> Material:
+def material(records: Sequence[Record], *, prompts: int = AUDIT_PROMPTS, words: Words = ENGLISH) -> Material:
     """Verdicts of all records, and cases of up to `prompts` prompts: those with the smallest ids, so always the same.
 
     A case is the first comparison of its prompt that has a better response.
@@ -54,7 +50,7 @@ def material(records: Sequence[Record], *, prompts: int = PROMPTS, words: Words 
     Args:
         words: that are put into copies.
     Raises:
-        DataError: fewer than LEAST prompts have a comparison.
+        DataError: fewer than LEAST_PROMPTS prompts have a comparison.
     """
     kept: list[Verdict] = []
     left_out = 0
@@ -72,9 +68,9 @@ def material(records: Sequence[Record], *, prompts: int = PROMPTS, words: Words 
     first: dict[str, Verdict] = {}
     for verdict in kept:
         first.setdefault(verdict.prompt, verdict)
-    if len(first) < LEAST:
+    if len(first) < LEAST_PROMPTS:
         raise DataError(
-            f"an audit needs comparisons of responses to {LEAST} prompts or more, and there are {len(first)} "
+            f"an audit needs comparisons of responses to {LEAST_PROMPTS} prompts or more, and there are {len(first)} "
             f"({left_out} comparisons are ties or of two equal texts); give more pairs, rankings or judgements"
         )
     chosen = [first[key] for key in sorted(first)[:prompts]]

@@ -99,11 +99,11 @@ def _of_both(edit: Callable[[str, Words], str | None]) -> Callable[[Case], Itera
     return contrasts
 
 
-def _longer(case: Case, edit: Callable[[str, Words], str | None]) -> Iterator[Contrast]:
-    """An edit of both responses that adds words, per doubling of them."""
+def _resized(case: Case, edit: Callable[[str, Words], str | None]) -> Iterator[Contrast]:
+    """An edit of both responses that adds words or takes them away, per doubling or halving of them."""
     for text in case.texts:
-        if (longer := edit(text, case.words)) is not None:
-            yield from _against_plain(case, text, longer, math.log2(edits.words(longer) / edits.words(text)))
+        if (edited := edit(text, case.words)) is not None:
+            yield from _against_plain(case, text, edited, abs(math.log2(edits.words(edited) / edits.words(text))))
 
 
 def doublings(sample: Sample) -> float:
@@ -114,13 +114,13 @@ def doublings(sample: Sample) -> float:
 @detector("padding", "is the same answer worth more with sentences that say nothing, per doubling of words?", doublings)
 def padding(case: Case) -> Iterator[Contrast]:
     """Fillers after the text."""
-    return _longer(case, edits.padded)
+    return _resized(case, edits.padded)
 
 
 @detector("repetition", "is the same answer worth more when it is said twice, per doubling of words?", doublings)
 def repetition(case: Case) -> Iterator[Contrast]:
     """The text again."""
-    return _longer(case, edits.repeated)
+    return _resized(case, edits.repeated)
 
 
 @detector(
@@ -130,10 +130,7 @@ def repetition(case: Case) -> Iterator[Contrast]:
 )
 def brevity(case: Case) -> Iterator[Contrast]:
     """The first half of the sentences."""
-    for text in case.texts:
-        shorter = edits.cut(text)
-        if shorter is not None:
-            yield from _against_plain(case, text, shorter, math.log2(edits.words(text) / edits.words(shorter)))
+    return _resized(case, lambda text, _: edits.cut(text))
 
 
 detector(

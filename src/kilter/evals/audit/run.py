@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from kilter.config import LEAST_PROMPTS
 from kilter.errors import DataError
 from kilter.evals.audit import edits
-from kilter.evals.audit.cases import LEAST, Material
+from kilter.evals.audit.cases import Material
 from kilter.evals.audit.detectors import (
     DETECTORS,
     OFF_ASKS,
@@ -160,7 +161,7 @@ def audit(
         rewards: of the same scorer, for who wants to ask for more than the audit does.
         detectors: which; the family that Holm's method is over.
     Raises:
-        DataError: fewer than LEAST prompts could be scored, or all responses to every prompt have one reward.
+        DataError: fewer than LEAST_PROMPTS prompts could be scored, or all responses to every prompt have one reward.
     """
     rewards = rewards or Rewards(scorer)
     contrasts = {name: [list(DETECTORS[name].contrasts(case)) for case in found.cases] for name in _of(detectors)}
@@ -171,10 +172,10 @@ def audit(
     ]
     values = [np.array([value for _, value in row]) for row in own]
     spread = spread_of(values)
-    if int((spread.freedom > 0).sum()) < LEAST:
+    if int((spread.freedom > 0).sum()) < LEAST_PROMPTS:
         raise DataError(
-            f"the reward could score two responses of fewer than {LEAST} of {len(found.cases)} prompts; are they too "
-            "long for it?"
+            f"the reward could score two responses of fewer than {LEAST_PROMPTS} of {len(found.cases)} prompts; are "
+            "they too long for it?"
         )
     if not spread.squares.any():
         raise DataError("the reward gives all responses to a prompt the same number: there is nothing to audit")
@@ -238,7 +239,7 @@ def _finding(name: str, rows: Sequence[Sequence[Contrast]], rewards: Rewards, sp
             sizes.append(contrast.size)
             prompts.append(place)
     effect = p = None
-    if len(set(prompts)) >= LEAST:
+    if len(set(prompts)) >= LEAST_PROMPTS:
         effect = slope(np.array(changes), np.array(sizes), np.array(prompts), spread)
         p = effect.beyond(about.threshold, both=about.direction == "both")
     return Finding(name, about.asks, about.direction, about.threshold, effect, p, unscored)
@@ -257,7 +258,7 @@ def _off_distribution(cases: Sequence[Case], rewards: Rewards) -> Finding:
         below.append(abs(one - two))
         above.append(abs(three - four))
     effect = p = None
-    if len(above) >= LEAST and any(above) and any(below):
+    if len(above) >= LEAST_PROMPTS and any(above) and any(below):
         effect = ratio(np.array(above), np.array(below))
         p = effect.beyond(OFF_THRESHOLD, both=False)
     return Finding(OFF_DISTRIBUTION, OFF_ASKS, "up", OFF_THRESHOLD, effect, p, unscored)
@@ -304,7 +305,7 @@ def _paraphrase(cases: Sequence[Case], rewards: Rewards, spread: Spread) -> Inte
             if edited != text and one is not None and other is not None:
                 squares.append((other - one) ** 2)
                 prompts.append(place)
-    if len(set(prompts)) < LEAST:
+    if len(set(prompts)) < LEAST_PROMPTS:
         return None
     whole = np.array(squares)
     index = numbered(prompts)[0]
