@@ -2,14 +2,15 @@
 
     python bench/preferences.py                              DPO at 4M parameters, some minutes
     python bench/preferences.py --method sft --size 30m --steps 12 --out bench.json
-    python bench/preferences.py --quick                      the first step's losses alone: are they equal?
+    python bench/preferences.py --quick                      the first step's losses alone, in float32: are they equal?
 
 Ways: `kilter` (reference log-probs known, as from the cache), `kilter-live` (the reference in every step), `trl` at its
-defaults, `trl-best` (float32 where the processor has no bfloat16, no gradient checkpointing, reference known),
-`trl-grouped` (the same, batches of like lengths), for SFT `trl-packed`. Every way takes the same prompts in each step
-but the grouped one, which sorts them over the run. Both sides start from the same weights, and the first step's losses
-must agree before anything is timed. Lengths are those of HH-RLHF where shared/ is beside the checkout, else the
-world's; the tokens are random, the model has the shape named and random weights.
+defaults, `trl-best` (no gradient checkpointing, reference known), `trl-grouped` (the same, batches of like lengths),
+for SFT `trl-packed`. All but TRL's defaults compute in bfloat16 where the processor has it, or in float32 if asked.
+Every way takes the same prompts in each step but the grouped one, which sorts them over the run. Both sides start from
+the same weights, and the first step's losses must agree before anything is timed: to 1e-4 in float32, to 2e-3 in
+bfloat16, whose rounding alone moves a loss by a thousandth. Lengths are those of HH-RLHF where shared/ is beside the
+checkout, else the world's; the tokens are random, the model has the shape named and random weights.
 
 Printed are medians over the steps, ratios of medians with TRL's ways above Kilter's, the peak of each process above its
 loaded libraries, and what share of the best matrix rate at the model's own shapes Kilter reaches on distinct tokens.
@@ -113,8 +114,8 @@ def tokenizer_of(size: Size) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
-def model_of(size: Size, seed: int, kind: str = "LlamaForCausalLM") -> Any:
-    """Random weights, large enough that two seeds disagree by nats."""
+def model_of(size: Size, seed: int, kind: str = "LlamaForCausalLM", *, scale: float = 1.5) -> Any:
+    """Random weights; two seeds disagree by 0.45 nats a token as they are drawn, by 0.67 at 1.5 times that."""
     import torch
     import transformers
 
@@ -137,14 +138,14 @@ def model_of(size: Size, seed: int, kind: str = "LlamaForCausalLM") -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
-                parameter.mul_(1.5)
+                parameter.mul_(scale)
     return model
 
 
 # Kilter --------------------------------------------------------------------------------------------------------------
 
 
-def kilter_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], per_step: int) -> Step:
+def kilter_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], per_step: int, low: bool) -> Step:
     import torch
 
     from kilter.models.build import policy_trunk, reward_trunk
@@ -156,7 +157,8 @@ def kilter_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], 
     from kilter.train.reference import with_reference
     from kilter.tree import Group, Response, make_batches
 
-    tokenizer = tokenizer_of(size)
+    tokenizer, scale = tokenizer_of(size), scale_of(low)
+    dtype = torch.bfloat16 if low else None
 
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text)["input_ids"])
@@ -186,14 +188,16 @@ def kilter_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], 
         ]
 
     if method.startswith("reward"):
-        trunk = reward_trunk(model_of(size, 0), generator=torch.Generator().manual_seed(0))
+        classifier = model_of(size, 0, "LlamaForSequenceClassification", scale=scale)
+        generator = torch.Generator().manual_seed(0)
+        trunk = reward_trunk(model_of(size, 0, scale=scale), generator=generator, compute_dtype=dtype)
         with torch.no_grad():
-            trunk.heads["reward"].weight.copy_(model_of(size, 0, "LlamaForSequenceClassification").score.weight)
+            trunk.heads["reward"].weight.copy_(classifier.score.weight)
         objective: Any = rewards.reward_model(centring_coef=0.0)
     else:
-        trunk = policy_trunk(model_of(size, 0))
+        trunk = policy_trunk(model_of(size, 0, scale=scale), compute_dtype=dtype)
         if method in ("dpo", "kto"):
-            trunk.add_model("reference", model_of(size, 1).requires_grad_(False))
+            trunk.add_model("reference", model_of(size, 1, scale=scale).requires_grad_(False))
             trunk.add_role("reference", Role("reference"))
         objective = {
             "sft": lambda: objectives.sft(),
@@ -223,7 +227,7 @@ def kilter_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], 
 # TRL -----------------------------------------------------------------------------------------------------------------
 
 
-def trl_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], per_step: int) -> Step:
+def trl_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], per_step: int, low: bool) -> Step:
     import datasets
     import torch
     import trl
@@ -243,8 +247,8 @@ def trl_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], per
         "disable_tqdm": True,
     }
     if way != "trl":
-        options |= {"bf16": has_bfloat16(), "gradient_checkpointing": False}
-    tokenizer = tokenizer_of(size)
+        options |= {"bf16": low, "gradient_checkpointing": False}
+    tokenizer, scale = tokenizer_of(size), scale_of(low)
     if method == "sft":
         data = [{"prompt": prompt, "completion": " " + answer} for prompt, answer, *_ in rows]
     elif method == "kto":
@@ -261,16 +265,17 @@ def trl_step(method: str, way: str, size: Size, rows: list[tuple[str, ...]], per
         ]
     dataset = datasets.Dataset.from_list(data)
     common = {"train_dataset": dataset, "processing_class": tokenizer}
-    model = model_of(size, 0, "LlamaForSequenceClassification" if method.startswith("reward") else "LlamaForCausalLM")
+    kind = "LlamaForSequenceClassification" if method.startswith("reward") else "LlamaForCausalLM"
+    model = model_of(size, 0, kind, scale=scale)
     if method == "dpo":
         known = {} if way == "trl" else {"precompute_ref_log_probs": True}
         trainer = trl.DPOTrainer(
-            model, ref_model=model_of(size, 1).eval(), args=trl.DPOConfig(**options, **known), **common
+            model, ref_model=model_of(size, 1, scale=scale).eval(), args=trl.DPOConfig(**options, **known), **common
         )
     elif method == "kto":
         known = {} if way == "trl" else {"precompute_ref_log_probs": True}
         trainer = trl.KTOTrainer(
-            model, ref_model=model_of(size, 1).eval(), args=trl.KTOConfig(**options, **known), **common
+            model, ref_model=model_of(size, 1, scale=scale).eval(), args=trl.KTOConfig(**options, **known), **common
         )
     elif method == "sft":
         packed = {"packing": True, "packing_strategy": "bfd"} if way == "trl-packed" else {}
@@ -315,6 +320,11 @@ def has_bfloat16() -> bool:
     return processor_multiplies_in_bfloat16()
 
 
+def scale_of(low: bool) -> float:
+    """Of the weights: the larger they are, the more bfloat16 rounds, and the more a wrong loss stands out."""
+    return 1.0 if low else 1.5
+
+
 # One worker a way, and who asks them in turn -------------------------------------------------------------------------
 
 
@@ -344,7 +354,7 @@ def work(options: argparse.Namespace) -> None:
     rows = texts(size, options.steps * options.batch, responses=4 if options.method == "reward4" else 2)
     loaded = peak_bytes()
     make = kilter_step if options.way.startswith("kilter") else trl_step
-    step = make(options.method, options.way, size, rows, options.batch)
+    step = make(options.method, options.way, size, rows, options.batch, not options.float32 and has_bfloat16())
     print("ready", file=answers, flush=True)
     for place, _ in enumerate(sys.stdin):
         start = time.perf_counter()
@@ -362,6 +372,7 @@ def rows_in_turn(options: argparse.Namespace, ways: list[str]) -> dict[str, list
     for way in ways:
         words = [sys.executable, __file__, "--work", "--way", way]
         words += [f"--{name}={getattr(options, name)}" for name in ("method", "size", "steps", "batch", "cores")]
+        words += ["--float32"] if options.float32 else []
         log = subprocess.DEVNULL if not options.verbose else None
         workers[way] = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         assert workers[way].stdout.readline().strip() == "ready", f"{way} did not start: run with --verbose"
@@ -379,15 +390,17 @@ def rows_in_turn(options: argparse.Namespace, ways: list[str]) -> dict[str, list
     return found
 
 
-def matrix_rate(size: Size, tokens: int, cores: int) -> float:
-    """The best rate of float32 products at the shapes of the model, flop/s: forward and both of the backward."""
+def matrix_rate(size: Size, tokens: int, cores: int, low: bool) -> float:
+    """The best rate of products at the shapes of the model, flop/s: forward and both of the backward."""
     import torch
 
+    os.sched_setaffinity(0, set(range(cores)))
     torch.set_num_threads(cores)
+    dtype = torch.bfloat16 if low else torch.float32
     flops = seconds = 0.0
     shapes = [(size.hidden, size.hidden), (size.hidden, size.inner), (size.inner, size.hidden)]
     for rows, columns in shapes:
-        x, w, y = torch.randn(tokens, rows), torch.randn(rows, columns), torch.randn(tokens, columns)
+        x, w, y = (torch.randn(*of).to(dtype) for of in ((tokens, rows), (rows, columns), (tokens, columns)))
         for one, other in ((x, w), (y, w.T), (x.T, y)):
             times = []
             for _ in range(7):
@@ -424,6 +437,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=8, help="prompts a step")
     parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--float32", action="store_true", help="also where the processor has bfloat16")
     parser.add_argument("--out", type=Path, help="append the figures to this JSON-lines file")
     parser.add_argument("--quick", action="store_true", help="the first step's losses of every method at 4m, no times")
     parser.add_argument("--verbose", action="store_true")
@@ -434,7 +448,7 @@ def main() -> int:
         work(options)
         return 0
     if options.quick:
-        options.steps, options.batch = 1, 4
+        options.steps, options.batch, options.float32 = 1, 4, True
         return max(compare(copy.copy(options), method) for method in METHODS)
     return compare(options, options.method)
 
@@ -445,12 +459,13 @@ def compare(options: argparse.Namespace, method: str) -> int:
     ways = options.ways or WAYS.get(method, ["kilter", "trl", "trl-best", "trl-grouped"])
     if options.quick:
         ways = ["kilter", "trl-best"]
+    low = not options.float32 and has_bfloat16()
     found = rows_in_turn(options, ways)
     first = found["kilter"][0]["loss"]
     for way in ways:
         if way in ("trl-grouped", "trl-packed"):
             continue  # other rows in its first step
-        gap, bound = abs(found[way][0]["loss"] - first), 2e-3 if way == "trl" or has_bfloat16() else 1e-4
+        gap, bound = abs(found[way][0]["loss"] - first), 2e-3 if way == "trl" or low else 1e-4
         print(f"{method} {options.size} {way:12} first loss {found[way][0]['loss']:.6f}, {gap:.1e} from Kilter's")
         if gap > bound * max(1.0, abs(first)):
             print(f"the losses differ by more than {bound:g}: nothing is compared")
@@ -469,13 +484,14 @@ def compare(options: argparse.Namespace, method: str) -> int:
     drawn = lengths(options.steps * options.batch, 4 if method == "reward4" else 2)
     flops = statistics.median(flops_of(size, rows, method) for rows in list(batches(drawn, options.batch))[1:])
     tokens = round(statistics.fmean(sum(row) for row in drawn) * options.batch)
-    share = flops / medians["kilter"] / matrix_rate(size, tokens, options.cores)
+    share = flops / medians["kilter"] / matrix_rate(size, tokens, options.cores, low)
     for way, seconds in medians.items():
         peak = found[way][-1]["bytes"] / 2**20
         speed = f"{seconds:8.3f} s a step, {options.batch / seconds:7.1f} prompts/s"
         ratios = f"{seconds / medians['kilter']:5.2f} (of means {means[way] / means['kilter']:5.2f})"
         print(f"{way:12} {speed}, peak {peak:6.0f} MiB; time over Kilter's {ratios}")
-    print(f"Kilter's share of the best float32 matrix rate at these shapes, distinct tokens: {share:.0%}")
+    rate = "bfloat16" if low else "float32"
+    print(f"Kilter's share of the best {rate} matrix rate at these shapes, distinct tokens: {share:.0%}")
     if options.out:
         row = {
             "method": method,
@@ -483,7 +499,7 @@ def compare(options: argparse.Namespace, method: str) -> int:
             "cores": options.cores,
             "steps": options.steps,
             "batch": options.batch,
-            "bfloat16": has_bfloat16(),
+            "bfloat16": low,
             "medians": medians,
             "means": means,
             "bytes": {way: rows[-1]["bytes"] for way, rows in found.items()},

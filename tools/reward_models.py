@@ -25,8 +25,9 @@ from frontier import DEMO, run
 from kilter import world
 from kilter.data.chat import ChatEncoder
 from kilter.models.build import policy_trunk
-from kilter.models.generation import Sampling
+from kilter.models.generation import NativeSampler
 from kilter.models.load import load_tokenizer
+from kilter.models.sampling import Sampling
 from kilter.records import Prompt, Sample
 from kilter.rollout.best_of_n import best_of_n_curve
 from kilter.rollout.collect import collect
@@ -76,14 +77,12 @@ def answers(
     prompts = world.prompts(split=split, per_kind=per_kind, seed=seed, kinds=kinds)
     encoder = ChatEncoder(load_tokenizer(sft))
     found = collect(
-        policy_trunk(sft).eval(),
-        "policy",
+        NativeSampler(policy_trunk(sft).eval(), "policy"),
         encoder,
         prompts,
         num_samples=drawn,
         sampling=Sampling(max_new_tokens=72),
         generator=torch.Generator().manual_seed(seed),
-        batch_size=256,
     )
     return prompts, [[one.text for one in row] for row in found]
 

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import SEGMENTED, untouched_model
 
 from kilter.errors import ConfigError, ModelError
+from kilter.models import decoding, generation
 from kilter.models.build import policy_trunk
-from kilter.models.generation import COLUMN_BLOCK, Completion, Sampling, draw, generate, restrict
+from kilter.models.cached import COLUMN_BLOCK
+from kilter.models.generation import Completion, NativeSampler
 from kilter.models.roles import Lora, Role, add_adapter
+from kilter.models.sampling import Sampling, Stops, draw, draw_seeds, restrict, uniforms
 from kilter.models.trunk import Trunk
 from kilter.tree import Group, Response, make_batches, split_by_response
 
@@ -60,10 +64,12 @@ def some_prompts(lengths: Sequence[int] = (1, 9, 4, 12, 4)) -> list[list[int]]:
 
 
 def sample(trunk: Trunk, prompts: Sequence[Sequence[int]], seed: int = 2, **options: Any) -> list[list[Completion]]:
-    settings = {"temperature": options.pop("temperature", 1.0), "max_new_tokens": options.pop("max_new_tokens", STEPS)}
-    given: dict[str, Any] = {"num_samples": 3, "stop_ids": (2, 5), "role": "policy"} | options
-    generator = torch.Generator().manual_seed(seed)
-    return generate(trunk, prompts=prompts, sampling=Sampling(**settings), generator=generator, **given)
+    sampler = NativeSampler(trunk, options.pop("role", "policy"), batch_size=options.pop("batch_size", 128))
+    seeds = draw_seeds(torch.Generator().manual_seed(seed), len(prompts), options.pop("num_samples", 3))
+    stops = Stops(options.pop("stop_ids", (2, 5)))
+    limits = options.pop("limits", None)
+    sampling = Sampling(**({"max_new_tokens": STEPS} | options))
+    return sampler.sample(prompts, seeds, sampling=sampling, stops=stops, limits=limits)
 
 
 def flat(groups: list[list[Completion]]) -> list[Completion]:
@@ -91,11 +97,37 @@ def trainer_logprobs(trunk: Trunk, answers: Sequence[Completion], role: str = "p
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampling_logprobs_are_the_trainers(kind: str) -> None:
     trunk = policy_trunk(model_of(kind))
-    answers = flat(sample(trunk, some_prompts()))
+    answers = flat(sample(trunk, some_prompts(), num_samples=8))
     assert any(answer.finished for answer in answers)
     assert any(len(answer.prompt) + len(answer.ids) > COLUMN_BLOCK > WINDOW for answer in answers)
     ours = torch.tensor([number for answer in answers for number in answer.logprobs])
     torch.testing.assert_close(ours, trainer_logprobs(trunk, answers), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", SEGMENTED)
+def test_every_family_decodes_with_its_prompts_held_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long answers and short ones, so that caches grow and rows and prompts leave; two columns of cache at first."""
+    monkeypatch.setattr(decoding, "FIRST_COLUMNS", 2)
+    monkeypatch.setattr(decoding, "ROW_TOKENS", 16)
+    model = untouched_model(family).double()
+    model.set_experts_implementation("eager")
+    trunk = policy_trunk(model)
+    limits = torch.randint(1, 50, (5, 4), generator=torch.Generator().manual_seed(0))
+    drawn = sample(trunk, some_prompts(), num_samples=4, max_new_tokens=50, stop_ids=(), limits=limits, batch_size=9)
+    answers = flat(drawn)
+    assert [len(answer.ids) for answer in answers] == limits.flatten().tolist()
+    ours = torch.tensor([number for answer in answers for number in answer.logprobs])
+    torch.testing.assert_close(ours, trainer_logprobs(trunk, answers), rtol=0, atol=1e-5)
+
+
+def test_the_fast_way_is_taken_where_attention_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    for name in ("SharedRows", "CachedRows"):
+        rows = getattr(generation, name)
+        monkeypatch.setattr(generation, name, lambda *a, rows=rows, name=name: (used.append(name), rows(*a))[1])
+    for kind in ("llama", "gemma3", "gemma2", "bloom"):
+        sample(policy_trunk(model_of(kind)), [[3]], num_samples=1, max_new_tokens=2)
+    assert used == ["SharedRows", "SharedRows", "CachedRows", "CachedRows"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,11 +148,12 @@ def test_greedy_is_transformers_greedy(kind: str) -> None:
         assert set(answer.logprobs) == {0.0}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "bloom"])
 def test_a_sample_does_not_depend_on_its_batch(kind: str) -> None:
     trunk = policy_trunk(model_of(kind))
-    whole, small, single = (sample(trunk, some_prompts(), batch_size=size) for size in (64, 4, 1))
-    for other in (small, single):
+    sizes = (64, 8, 4, 2, 1)  # room for all; for two prompts, of which one ends first; for less than one prompt
+    whole, *others = (sample(trunk, some_prompts(), batch_size=size) for size in sizes)
+    for other in others:
         for one, two in zip(flat(whole), flat(other), strict=True):
             assert one.ids == two.ids and one.finished == two.finished
             torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(two.logprobs), rtol=0, atol=1e-5)
@@ -135,17 +168,6 @@ def test_samples_of_one_prompt_differ_and_repeat_under_a_seed() -> None:
     assert all(len({answer.ids for answer in group}) > 1 for group in first)
     twice = sample(trunk, [[3, 4], [3, 4]])
     assert [answer.ids for answer in twice[0]] != [answer.ids for answer in twice[1]]
-
-
-def test_the_generator_moves_by_the_request_alone() -> None:
-    states = []
-    for stop_ids in ((), tuple(range(VOCAB))):
-        generator = torch.Generator().manual_seed(0)
-        trunk = policy_trunk(model_of("llama"))
-        sampling = Sampling(max_new_tokens=5)
-        generate(trunk, "policy", [[3]], num_samples=2, sampling=sampling, stop_ids=stop_ids, generator=generator)
-        states.append(generator.get_state())
-    assert torch.equal(*states)
 
 
 def test_the_end_token_at_once_is_an_answer_and_no_end_token_is_none() -> None:
@@ -180,6 +202,53 @@ def test_roles_answer_with_their_own_adapter_and_the_model_stays_as_it_was() -> 
     assert model.training
 
 
+def test_uniforms_are_splitmix64_of_the_seed() -> None:
+    def reference(seed: int, step: int) -> float:
+        mask = 2**64 - 1
+        z = (seed + (step + 1) * 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return ((z ^ (z >> 31)) >> 40) / 2**24
+
+    assert reference(0, 0) == (0xE220A8397B1DCDAF >> 40) / 2**24  # the published first output of seed 0
+    seeds = draw_seeds(torch.Generator().manual_seed(3), 2, 3)
+    drawn = uniforms(seeds, 5)
+    assert drawn.shape == (2, 3, 5)
+    for place, seed in enumerate(seeds.flatten().tolist()):
+        assert drawn.view(-1, 5)[place].tolist() == [reference(seed, step) for step in range(5)]
+    many = uniforms(draw_seeds(torch.Generator().manual_seed(4), 100, 1), 1000)
+    assert many.min() >= 0 and many.max() < 1
+    assert abs(float(many.mean()) - 0.5) < 4 / (12 * many.numel()) ** 0.5  # four standard errors
+
+
+def test_a_larger_vocabulary_is_drawn_from_as_word_by_word() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(64, 1000, generator=generator)
+    logits[:, ::3] = -torch.inf
+    points = torch.rand(64, generator=generator)
+    points[:4] = torch.tensor([0.0, 2**-24, 1 - 2**-24, 0.5])
+    tokens, logprobs = draw(logits, points, Sampling())
+    exact = logits.double().log_softmax(-1)
+    mass = exact.exp().cumsum(-1)
+    picked = torch.arange(64), tokens
+    below = mass[picked] - exact.exp()[picked]
+    assert bool((below - 1e-6 <= points).all() and (points <= mass[picked] + 1e-6).all())
+    assert bool(logits[picked].isfinite().all())
+    torch.testing.assert_close(logprobs.double(), exact[picked], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lower_precision_samples_what_its_trainer_computes(kind: str) -> None:
+    low = policy_trunk(model_of(kind), compute_dtype=torch.bfloat16)
+    before = {name: value.clone() for name, value in low.state_dict().items()}
+    answers = flat(sample(low, some_prompts(), num_samples=4))
+    gaps = torch.tensor([number for one in answers for number in one.logprobs]) - trainer_logprobs(low, answers)
+    assert 0 < gaps.abs().mean() < 0.02
+    whole = trainer_logprobs(policy_trunk(model_of(kind)), answers)
+    assert 0 < (whole - trainer_logprobs(low, answers)).abs().mean() < 0.05
+    assert all(torch.equal(value, before[name]) for name, value in low.state_dict().items())
+
+
 def test_drawing_inverts_the_cumulative_distribution() -> None:
     logits = torch.tensor([[0.0, 0.1, 0.2, 0.0, 0.7, 0.0]]).log()
     points = torch.tensor([0.0, 0.05, 0.15, 0.29, 0.35, 0.999, 1 - 2**-24])
@@ -206,6 +275,8 @@ def test_top_k_and_top_p_keep_the_likeliest_and_logprobs_are_of_what_is_left() -
         "0.41": [False, True, False, True],
         "0.9": [False, True, True, True],
         "both": [False, True, False, False],
+        "min 0.5": [False, True, True, True],
+        "min 0.8": [False, True, False, False],
     }
     _, logprobs = draw(logits, torch.tensor([0.9]), Sampling(top_k=2))
     assert abs(logprobs.exp().item() - 0.3 / 0.7) < 1e-6
@@ -218,7 +289,78 @@ RESTRICTIONS = {
     "0.41": Sampling(top_p=0.41),
     "0.9": Sampling(top_p=0.899),
     "both": Sampling(top_k=2, top_p=0.5),  # of the two that are left, 4/7 > 0.5 is enough
+    "min 0.5": Sampling(min_p=0.499),  # of the likeliest, 0.4
+    "min 0.8": Sampling(min_p=0.76),
 }
+
+
+def test_restrictions_and_repetition_are_those_of_transformers() -> None:
+    trunk = policy_trunk(model_of("llama"))
+    prompt = [3, 4, 5, 3]
+    settings = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.7}
+    (answers,) = sample(trunk, [prompt], num_samples=8, max_new_tokens=12, stop_ids=(), **settings)
+    model = trunk.models["policy"].eval()
+    warpers = [
+        transformers.RepetitionPenaltyLogitsProcessor(1.7),
+        transformers.TemperatureLogitsWarper(0.7),
+        transformers.TopKLogitsWarper(20),
+        transformers.TopPLogitsWarper(0.9),
+        transformers.MinPLogitsWarper(0.05),
+    ]
+    for answer in answers:
+        ids = torch.tensor([prompt + list(answer.ids)])
+        with torch.no_grad():
+            logits = model(ids).logits
+        for at, (token, logprob) in enumerate(zip(answer.ids, answer.logprobs, strict=True)):
+            scores = logits[:, len(prompt) + at - 1]
+            for warp in warpers:
+                scores = warp(ids[:, : len(prompt) + at], scores)
+            assert abs(float(scores.log_softmax(-1)[0, token]) - logprob) < 1e-5
+
+
+def test_a_stop_text_ends_an_answer_wherever_its_tokens_end() -> None:
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(chr(97 + token % 26) for token in ids)
+
+    trunk = policy_trunk(model_of("llama"))
+    seeds = draw_seeds(torch.Generator().manual_seed(0), 4, 8)
+    prompts = some_prompts((2, 3, 4, 5))
+    free = NativeSampler(trunk, "policy").sample(prompts, seeds, sampling=Sampling(max_new_tokens=40), stops=Stops(()))
+    stop = decode(free[1][2].ids[5:7])  # two tokens
+    sampling = Sampling(stop=(stop, "not there"), max_new_tokens=40)
+    asked: list[int] = []
+    stops = Stops((), sampling.stop, decode=lambda ids: (asked.append(len(ids)), decode(ids))[1])
+    ended = NativeSampler(trunk, "policy").sample(prompts, seeds, sampling=sampling, stops=stops)
+    for without, answer in zip(flat(free), flat(ended), strict=True):
+        text = decode(without.ids)
+        place = text.find(stop)
+        assert answer.finished == (place >= 0)
+        assert answer.ids == (without.ids[: place + 2] if place >= 0 else without.ids)
+        assert sampling.cut(decode(answer.ids)) == (text[:place] if place >= 0 else text)
+    assert any(answer.finished for answer in flat(ended)) and not all(answer.finished for answer in flat(ended))
+    whole = [length for length in asked if length > 1]
+    assert len(whole) < sum(len(answer.ids) for answer in flat(ended)) / 5  # only after a token that can end the text
+
+
+def test_a_part_of_a_stop_text_is_not_settled() -> None:
+    sampling = Sampling(stop=("User:", "##"))
+    assert [sampling.settled(text) for text in ("a Us", "a User", "a Use!", "b #", "", "#U")] == [
+        "a ",
+        "a ",
+        "a Use!",
+        "b ",
+        "",
+        "#",
+    ]
+    assert sampling.cut("one ## two User: three") == "one "
+
+
+def test_an_answer_streams_as_it_is_drawn() -> None:
+    sampler = NativeSampler(policy_trunk(model_of("llama")), "policy")
+    sampling, stops = Sampling(max_new_tokens=40), Stops((2, 5))
+    [[whole]] = sampler.sample([[3, 4]], torch.tensor([[7]]), sampling=sampling, stops=stops)
+    parts = list(sampler.stream([3, 4], 7, sampling=sampling, stops=stops))
+    assert parts == [list(whole.ids[:length]) for length in range(1, len(whole.ids) + 1)]
 
 
 def test_temperature_is_in_the_logprobs() -> None:
@@ -231,7 +373,16 @@ def test_temperature_is_in_the_logprobs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("max_new_tokens", 0)]
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("max_new_tokens", 0),
+    ],
 )
 def test_settings_out_of_range_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"sampling.{name} is {value}"):

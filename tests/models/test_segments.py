@@ -108,6 +108,8 @@ def test_half_precision_is_computed_in_float32() -> None:
     low, _ = segments.attend(torch.nn.Identity(), query, key, value, None, runs=runs)
     high, _ = segments.attend(torch.nn.Identity(), query.float(), key.float(), value.float(), None, runs=runs)
     assert low.dtype == torch.bfloat16 and torch.equal(low, high.bfloat16())
+    turned, _ = segments.attend(torch.nn.Identity(), query.float(), key.float(), value, None, runs=runs)  # by autocast
+    assert turned.dtype == torch.bfloat16 and torch.equal(turned, low)
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -11,9 +11,10 @@ import torch
 import transformers
 
 from kilter.config import PpoConfig
-from kilter.models.generation import Sampling
+from kilter.models.generation import NativeSampler
 from kilter.models.heads import ScalarHead
 from kilter.models.roles import Lora, Role, add_adapter
+from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Conversation, Message, Prompt, Sample, Score
 from kilter.rollout import PPOSource
@@ -113,6 +114,7 @@ def make_source(encoder: TinyEncoder) -> Callable[..., PPOSource]:
             "encoder": encoder,
             "prompts": some_prompts(),
             "scorer": LikesOneWord(),
+            "sampler": NativeSampler(trunk, "policy"),
             "sampling": Sampling(max_new_tokens=8),
             "config": PpoConfig(**(PLAIN | (ppo or {}))),
             "prompts_per_rollout": 8,

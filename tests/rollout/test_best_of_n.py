@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from kilter.errors import ConfigError
-from kilter.models.generation import Sampling
+from kilter.models.generation import NativeSampler
+from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Sample, Score
 from kilter.rollout import best_of_n, best_of_n_curve, best_of_n_kl, collect
@@ -62,8 +63,7 @@ def test_the_best_scored_answer_is_chosen(
 ) -> None:
     options: dict[str, Any] = {"sampling": Sampling(max_new_tokens=6)}
     drawn = collect(
-        make_trunk(),
-        "policy",
+        NativeSampler(make_trunk(), "policy"),
         encoder,
         prompts[:3],
         num_samples=5,
@@ -71,8 +71,7 @@ def test_the_best_scored_answer_is_chosen(
         **options,
     )
     choices = best_of_n(
-        make_trunk(),
-        "policy",
+        NativeSampler(make_trunk(), "policy"),
         encoder,
         prompts[:3],
         likes_one_word(),
@@ -97,8 +96,7 @@ def test_an_unscored_answer_is_not_preferred(
             return [Score(None) if at % 3 else Score(-math.pi) for at in range(1, 1 + len(samples))]
 
     (choice,) = best_of_n(
-        make_trunk(),
-        "policy",
+        NativeSampler(make_trunk(), "policy"),
         encoder,
         prompts[:1],
         Grumpy(),
@@ -113,8 +111,7 @@ def test_collected_answers_carry_text_and_sample(
     make_trunk: Callable[..., Trunk], encoder: Any, prompts: list[Prompt]
 ) -> None:
     drawn = collect(
-        make_trunk(),
-        "policy",
+        NativeSampler(make_trunk(), "policy"),
         encoder,
         prompts,
         num_samples=2,

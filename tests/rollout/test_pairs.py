@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from kilter.errors import CheckError
-from kilter.models.generation import Sampling
+from kilter.models.generation import NativeSampler
+from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Sample, Score
 from kilter.rollout.pairs import PairSource
@@ -38,6 +39,7 @@ def make_pairs(encoder: Any, prompts: list[Prompt], likes_one_word: Any) -> Call
             "encoder": encoder,
             "prompts": prompts,
             "scorer": likes_one_word(),
+            "sampler": NativeSampler(trunk, "policy"),
             "sampling": Sampling(max_new_tokens=8),
             "prompts_per_rollout": 8,
             "num_samples": 4,

@@ -13,7 +13,7 @@ import torch
 
 from kilter.config import PpoConfig
 from kilter.errors import CheckError, ConfigError, DataError
-from kilter.models.generation import Sampling
+from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Message, Prompt, Sample, Score
 from kilter.rollout import PPOSource, Rollout
@@ -50,12 +50,12 @@ def train(trunk: Trunk, source: PPOSource, steps: int, learning_rate: float = 5e
 # Learning ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("copies", 5e-3), ("adapters", 1e-2), ("head on the policy", 3e-2)])
+@pytest.mark.parametrize(("kind", "rate"), [("copies", 3e-3), ("adapters", 6e-3), ("head on the policy", 1e-2)])
 def test_it_learns_what_it_is_paid_for(kind: str, rate: float, make_trunk: Make, make_source: Make) -> None:
     trunk = make_trunk(kind)
     frozen = {name: value.clone() for name, value in trunk.state_dict().items()}
     source = make_source(trunk, **ROOMY)
-    seen = train(trunk, source, 36, rate)
+    seen = train(trunk, source, 48, rate)
     assert seen[0]["rollout/score"] < 0.5
     assert seen[-1]["rollout/score"] > 3.5  # 4 is all there is
     assert abs(seen[0]["rollout/kl_k1"]) < 1e-5 and seen[-1]["rollout/kl_k1"] > 3.0
@@ -69,7 +69,7 @@ def test_the_kl_penalty_holds_the_policy_near_its_reference(make_trunk: Make, ma
     for kl_coef in (0.0, 0.5):
         trunk = make_trunk()
         source = make_source(trunk, ppo={"kl_coef": kl_coef}, **ROOMY)
-        ends.append(train(trunk, source, 20)[-1])
+        ends.append(train(trunk, source, 40, 3e-3)[-1])
     free, held = ends
     assert free["rollout/kl_k1"] > 3 * held["rollout/kl_k1"] > 0
     assert free["rollout/score"] > held["rollout/score"] + 0.5
@@ -98,7 +98,7 @@ def test_every_number_equals_a_slow_rederivation(make_trunk: Make, make_source: 
             if "reference" not in name:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     numbers = {"kl_coef": 0.3, "gamma": 0.9, "gae_lambda": 0.7, "truncation_penalty": 0.4, "reward_clip": 1.5}
-    source = make_source(trunk, seed=3, ppo=numbers | {"minibatches": 1})
+    source = make_source(trunk, seed=5, ppo=numbers | {"minibatches": 1})
     batches = source.next_step()
     rollouts = source.rollouts
     scores = [4.0 * rollout.completion.ids.count(5) / len(rollout.completion.ids) for rollout in rollouts]
@@ -177,7 +177,7 @@ def test_the_figures_are_those_of_the_rollout(make_trunk: Make, make_source: Mak
 
 
 def test_epochs_see_every_prompt_once_and_only_then_comes_a_new_rollout(make_trunk: Make, make_source: Make) -> None:
-    source = make_source(make_trunk(), ppo={"epochs": 3, "minibatches": 2})
+    source = make_source(make_trunk(), seed=1, ppo={"epochs": 3, "minibatches": 2})
     steps = [responses_of(source.next_step()) for _ in range(source.steps_per_rollout)]
     assert len(steps) == 6 and source.num_rollouts == 1
     epochs = [sorted(row["ids"] for row in steps[at] + steps[at + 1]) for at in (0, 2, 4)]

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from kilter.errors import CheckError
-from kilter.models.generation import Sampling
+from kilter.models.generation import NativeSampler
+from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt
 from kilter.rollout import PPOSource, best_of_n
@@ -66,6 +67,7 @@ def test_online_dpo_raises_what_the_sheet_pays(
         encoder,
         asked,
         load_rules(SHEET),
+        sampler=NativeSampler(trunk, "policy"),
         sampling=Sampling(max_new_tokens=8),
         prompts_per_rollout=16,
         num_samples=4,
@@ -88,8 +90,7 @@ def test_best_of_n_chooses_by_each_prompts_own_truth(
     make_trunk: Callable[..., Trunk], encoder: Any, asked: list[Prompt]
 ) -> None:
     chosen = best_of_n(
-        make_trunk(),
-        "policy",
+        NativeSampler(make_trunk(), "policy"),
         encoder,
         asked,
         load_rules({"rules": [SHEET["rules"][0]]}),

@@ -56,7 +56,7 @@ def online(sheet: Path, prompts: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_sheet_pays_in_every_stage_that_takes_a_reward(sheet: Path, prompts: Path, tmp_path: Path) -> None:
-    longer = {"rounds": 10, "prompts_per_round": 16, "sampling": {"max_new_tokens": 24}}
+    longer = {"rounds": 16, "prompts_per_round": 16, "sampling": {"max_new_tokens": 24}}
     optim = {**small.OPTIM, "batch_size": 16, "learning_rate": 1e-3}
     evaluation = {
         "stage": "eval",

@@ -11,6 +11,9 @@ from kilter.cli.options import parse
 from kilter.config import Model
 from kilter.errors import ConfigError, visible
 
+UNFINISHED = "\ufffd"
+"""What the first bytes of a letter look like before the last has come."""
+
 
 class ChatOptions(Model):
     """Talk to a model. An empty line forgets the conversation; Ctrl-D leaves."""
@@ -19,6 +22,16 @@ class ChatOptions(Model):
     """A system message to begin with."""
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """Divides the logits; 0 is greedy."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Keep the k most likely tokens; 0: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Keep the smallest set of tokens of at least this probability."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Keep tokens at least this share as likely as the likeliest; 0: all."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Makes words that the conversation holds already less likely; 1: no."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end an answer."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 256
     """Length limit of an answer, tokens."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -40,13 +53,23 @@ def run(command: str, argv: list[str]) -> int:
 
     from kilter.data.chat import ChatEncoder
     from kilter.models.build import policy_trunk
-    from kilter.models.generation import Sampling, generate
+    from kilter.models.generation import NativeSampler
     from kilter.models.load import load_model, load_tokenizer
+    from kilter.models.sampling import Sampling, Stops, draw_seeds
     from kilter.records import Message
 
     encoder = ChatEncoder(load_tokenizer(argv[0]))
-    trunk = policy_trunk(load_model(argv[0]))
-    sampling = Sampling(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    sampler = NativeSampler(policy_trunk(load_model(argv[0])), "policy")
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        max_new_tokens=options.max_new_tokens,
+        stop=options.stop,
+    )
+    stops = Stops(encoder.stop_ids, sampling.stop, decode=encoder.decode)
     generator = torch.Generator().manual_seed(options.seed)
     opening = (Message("system", options.system),) if options.system else ()
     messages = opening
@@ -60,10 +83,13 @@ def run(command: str, argv: list[str]) -> int:
             messages = opening
             continue
         messages = (*messages, Message("user", line.strip()))
-        prompt = encoder.prompt(messages)
-        [[answer]] = generate(
-            trunk, "policy", [prompt], num_samples=1, sampling=sampling, stop_ids=encoder.stop_ids, generator=generator
-        )
-        text = encoder.decode(answer.ids)
-        print(visible(text))
+        seed = int(draw_seeds(generator, 1, 1))
+        text = shown = ""
+        for ids in sampler.stream(encoder.prompt(messages), seed, sampling=sampling, stops=stops):
+            text = sampling.cut(encoder.decode(ids))
+            settled = sampling.settled(text)
+            if not settled.endswith(UNFINISHED) and settled.startswith(shown):
+                print(visible(settled[len(shown) :]), end="", flush=True)
+                shown = settled
+        print(visible(text[len(shown) :]) if text.startswith(shown) else "\n" + visible(text))
         messages = (*messages, Message("assistant", text))

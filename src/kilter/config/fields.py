@@ -173,6 +173,12 @@ class SamplingConfig(Model):
     """Keep the k most likely tokens; 0: all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Keep the smallest set of tokens of at least this probability."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Keep tokens at least this share as likely as the likeliest; 0: all."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Makes tokens that prompt or response hold already less likely; 1: no."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a response."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 64
     """Length limit, tokens."""
     batch_size: Annotated[int, Field(gt=0)] = 256

@@ -201,6 +201,7 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     runs: Runs | None = None,
+    decoding: Any = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
@@ -208,12 +209,13 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: query [B, H, T, D], key and value [B, H or fewer, T, D] -> [B, T, H, D].
 
-    Below float32 it computes in float32: the kernel is slower in bfloat16 (seen, forward and backward).
+    On a CPU it computes in float32, below that too, and decodes from a cache in float32: kernel and small products are
+    slower in bfloat16 (seen, forward and backward).
 
     Raises:
         ModelError: dropout, a cap on the scores, a layer that is not causal, or a keyword whose meaning is not known.
     """
-    if runs is None:
+    if runs is None and decoding is None:
         if sliding_window is not None:
             kwargs["sliding_window"] = sliding_window
         found: tuple[Tensor, None] = sdpa_attention_forward(
@@ -226,10 +228,12 @@ def attend(
     refused += sorted(name for name, given in kwargs.items() if name not in NO_EFFECT and given is not None)
     if refused:
         raise ModelError(f"attention by segments does not know what to do with {refused[0]}; use the dense mask")
-    dtype = query.dtype
-    if dtype in (torch.bfloat16, torch.float16):
-        query, key, value = query.float(), key.float(), value.float()
+    dtype = value.dtype  # under autocast the rotation leaves queries and keys in float32
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if dtype in (torch.bfloat16, torch.float16) and query.device.type == "cpu":
+        query, key, value = query.float(), key.float(), value.float()
+    if decoding is not None:
+        return decoding.attend(module.layer_idx, query, key, value, scale, sliding_window).to(dtype), None
     out: Tensor = _Attend.apply(query, key, value, runs, scale, sliding_window)  # type: ignore[no-untyped-call]
     return out.to(dtype), None
 

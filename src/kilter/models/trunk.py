@@ -132,7 +132,7 @@ class Trunk(nn.Module):
                     answers[name] = self.heads[str(self.roles[name].head)](at_source)
                 else:
                     through_head = target_logprobs if ask[name] == "logprobs" else token_stats
-                    with self._autocast(at_source.device):
+                    with self.autocast(at_source.device):
                         answers[name] = through_head(held, at_source, tree.target)
         return {name: answers[name] for name in ask}
 
@@ -175,7 +175,7 @@ class Trunk(nn.Module):
             inputs = {key: value for key, value in inputs.items() if key in inputs_of(model.__class__)}
         read = read_of(tree, wants, runs) if self.layout == "packed" else None
         last_layer = self._last_layers[name]
-        with self._switches[name].use(adapter), last_layer.only(read), self._autocast(tree.tokens.device):
+        with self._switches[name].use(adapter), last_layer.only(read), self.autocast(tree.tokens.device):
             hidden: Tensor = model(**inputs).last_hidden_state
         return hidden
 
@@ -223,7 +223,8 @@ class Trunk(nn.Module):
         tables = [table for model in models for table in (model.get_input_embeddings(), model.get_output_embeddings())]
         return adding_in_place(tables, large=large)
 
-    def _autocast(self, device: torch.device) -> Any:
+    def autocast(self, device: torch.device) -> Any:
+        """Around forwards of models that are not `lowered`, in `compute_dtype`."""
         needed = self.compute_dtype is not None and not self._low
         return torch.autocast(device.type, self.compute_dtype) if needed else nullcontext()
 

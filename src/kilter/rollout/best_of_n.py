@@ -10,8 +10,8 @@ import torch
 
 from kilter.data.chat import ChatEncoder
 from kilter.errors import ConfigError
-from kilter.models.generation import Sampling
-from kilter.models.trunk import Trunk
+from kilter.models.generation import Sampler
+from kilter.models.sampling import Sampling
 from kilter.records import Prompt, Score, Scorer
 from kilter.rollout.collect import Rollout, collect, score_rollouts
 from kilter.stats import Interval, mean_interval
@@ -36,8 +36,7 @@ class BestOfN:
 
 
 def best_of_n(
-    trunk: Trunk,
-    role: str,
+    sampler: Sampler,
     encoder: ChatEncoder,
     prompts: Sequence[Prompt],
     scorer: Scorer,
@@ -45,22 +44,12 @@ def best_of_n(
     n: int,
     sampling: Sampling,
     generator: torch.Generator,
-    batch_size: int = 256,
 ) -> list[BestOfN]:
     """Draws n answers to each prompt and keeps the one with the highest score; of equals, the first.
 
     An unscored answer is never preferred to a scored one.
     """
-    drawn = collect(
-        trunk,
-        role,
-        encoder,
-        prompts,
-        num_samples=n,
-        sampling=sampling,
-        generator=generator,
-        batch_size=batch_size,
-    )
+    drawn = collect(sampler, encoder, prompts, num_samples=n, sampling=sampling, generator=generator)
     choices = []
     for rollouts, scores in zip(drawn, score_rollouts(scorer, drawn), strict=True):
         best = max(range(n), key=lambda at: (_value(scores[at]), -at))

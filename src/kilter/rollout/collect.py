@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kilter.data.chat import ChatEncoder
 from kilter.models.attention import text_config
-from kilter.models.generation import Completion, Sampling, generate
+from kilter.models.generation import Completion, Sampler
+from kilter.models.sampling import Sampling, Stops, draw_seeds
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Sample, Score, Scorer
 from kilter.train.reference import with_reference
@@ -33,38 +34,32 @@ class Rollout:
 
 
 def collect(
-    trunk: Trunk,
-    role: str,
+    sampler: Sampler,
     encoder: ChatEncoder,
     prompts: Sequence[Prompt],
     *,
     num_samples: int,
     sampling: Sampling,
     generator: torch.Generator,
-    batch_size: int = 256,
     prompt_ids: Sequence[tuple[int, ...]] | None = None,
 ) -> list[list[Rollout]]:
     """Draws `num_samples` answers to each prompt.
 
     Args:
+        generator: draws a seed for each answer.
         prompt_ids: the encoded prompts, when the caller has them.
-        batch_size: see `generate`.
     Returns:
         [prompt][sample].
     """
     ids = [encoder.prompt(prompt.prompt) for prompt in prompts] if prompt_ids is None else prompt_ids
-    drawn = generate(
-        trunk,
-        role,
+    drawn = sampler.sample(
         ids,
-        num_samples=num_samples,
+        draw_seeds(generator, len(ids), num_samples),
         sampling=sampling,
-        stop_ids=encoder.stop_ids,
-        generator=generator,
-        batch_size=batch_size,
+        stops=Stops(encoder.stop_ids, sampling.stop, decode=encoder.decode),
     )
     return [
-        [Rollout(prompt, completion, encoder.decode(completion.ids)) for completion in completions]
+        [Rollout(prompt, completion, sampling.cut(encoder.decode(completion.ids))) for completion in completions]
         for prompt, completions in zip(prompts, drawn, strict=True)
     ]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kilter.config import PpoConfig
 from kilter.data.chat import ChatEncoder
 from kilter.errors import CheckError, ConfigError
-from kilter.models.generation import Sampling
+from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Scorer
 from kilter.rollout.experience import ASK, Measured, credit, figures, measure, pay, sampler_gap, with_credit

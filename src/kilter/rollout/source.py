@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kilter.data.chat import ChatEncoder
 from kilter.errors import DataError
-from kilter.models.generation import Sampling
+from kilter.models.generation import Sampler
+from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Scorer
 from kilter.rollout.collect import Rollout, collect, positions, score_rollouts
@@ -42,13 +43,13 @@ Scored = Sequence[Sequence[tuple[Rollout, float]]]
 class Drawing(TypedDict, total=False):
     """How answers are drawn and packed: keywords of `RolloutSource` that its kinds hand through."""
 
+    sampler: Required[Sampler]
     sampling: Required[Sampling]
     prompts_per_rollout: Required[int]
     generator: Required[torch.Generator]
     num_samples: int
     row_tokens: int
     batch_tokens: int
-    batch_size: int
     judge: Judge | None
 
 
@@ -57,12 +58,12 @@ class RolloutSource(ABC):
 
     Args:
         prompts: drawn without replacement until all were used, then anew. Over-long ones are left out: `num_dropped`.
+        sampler: answers as the role "policy" would.
         scorer: an answer it cannot score is left out and counted, it never has a score of 0.
         prompts_per_rollout, num_samples: answers of a rollout: so many prompts times so many samples.
         epochs, minibatches: passes over a rollout, and steps in each of them.
         generator: draws prompts, samples and the order of minibatches.
         row_tokens, batch_tokens: budgets of a packed row and of a micro-batch.
-        batch_size: answers sampled side by side.
         judge: looks at the answers of a rollout; it may change the policy's weights, and say so. See `stopped`.
         reads: the roles that read the answers; all their models must have room for them.
     Raises:
@@ -79,21 +80,21 @@ class RolloutSource(ABC):
         epochs: int,
         minibatches: int,
         reads: Iterable[str],
+        sampler: Sampler,
         sampling: Sampling,
         prompts_per_rollout: int,
         generator: torch.Generator,
         num_samples: int = 1,
         row_tokens: int = 512,
         batch_tokens: int = 8192,
-        batch_size: int = 256,
         judge: Judge | None = None,
     ) -> None:
         self._trunk, self._encoder, self._scorer = trunk, encoder, scorer
-        self._sampling, self._judge = sampling, judge
+        self._sampler, self._sampling, self._judge = sampler, sampling, judge
         self._num_prompts, self._num_samples = prompts_per_rollout, num_samples
         self._epochs, self._minibatches = epochs, minibatches
         self._budget = {"row_tokens": row_tokens, "batch_tokens": batch_tokens, "pad_id": encoder.pad_id}
-        self._batch_size, self._generator = batch_size, generator
+        self._generator = generator
         ids = [encoder.prompt(prompt.prompt) for prompt in prompts]
         room = positions(trunk, reads) - sampling.max_new_tokens + 1
         self._prompts = [(prompt, own) for prompt, own in zip(prompts, ids, strict=True) if len(own) <= room]
@@ -158,14 +159,12 @@ class RolloutSource(ABC):
     def _sample(self, drawn: Sequence[tuple[Prompt, tuple[int, ...]]]) -> list[list[Rollout]]:
         """Answers to these prompts, [prompt][sample]; `rollouts` holds them from now on."""
         answers = collect(
-            self._trunk,
-            "policy",
+            self._sampler,
             self._encoder,
             [prompt for prompt, _ in drawn],
             num_samples=self._num_samples,
             sampling=self._sampling,
             generator=self._generator,
-            batch_size=self._batch_size,
             prompt_ids=[ids for _, ids in drawn],
         )
         self.rollouts = [rollout for group in answers for rollout in group]

@@ -15,7 +15,8 @@ from kilter.data.convert import ranking_of
 from kilter.data.judgements import verdicts
 from kilter.errors import ConfigError, DataError
 from kilter.models.build import policy_trunk
-from kilter.models.generation import Sampling
+from kilter.models.generation import NativeSampler
+from kilter.models.sampling import Sampling
 from kilter.records import Judgement, Prompt, Ranking, Sample, Scorer, prompt_id
 from kilter.rollout.collect import collect
 from kilter.rundir import write_folder, write_json
@@ -30,7 +31,8 @@ SHARE = 512  # prompts answered between two lines of progress
 
 def sampling_of(config: SamplingConfig) -> Sampling:
     """A recipe's sampling as the sampler takes it."""
-    return Sampling(config.temperature, config.top_k, config.top_p, config.max_new_tokens)
+    numbers = config.model_dump(exclude={"batch_size", "stop"})
+    return Sampling(stop=tuple(config.stop), **numbers)
 
 
 def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
@@ -38,21 +40,19 @@ def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
     equipment = equip(context, stage.model)
     annotator = context.call("annotator", stage.annotator, seed=context.seed("annotator"))
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
-    trunk = policy_trunk(equipment.folder)
+    sampler = NativeSampler(policy_trunk(equipment.folder), "policy", batch_size=stage.sampling.batch_size)
     generator = context.generator("samples")
     context.watch.begin(context.name, len(prompts))
     texts: list[list[str]] = []
     tokens = 0
     for at in range(0, len(prompts), SHARE):
         drawn = collect(
-            trunk,
-            "policy",
+            sampler,
             equipment.encoder,
             prompts[at : at + SHARE],
             num_samples=stage.num_samples,
             sampling=sampling_of(stage.sampling),
             generator=generator,
-            batch_size=stage.sampling.batch_size,
         )
         texts += [[rollout.text for rollout in row] for row in drawn]
         new = sum(len(rollout.completion.ids) for row in drawn for rollout in row)

@@ -13,6 +13,7 @@ import torch
 from kilter.errors import ModelError
 from kilter.evals import Answer, figures
 from kilter.models.build import load_reward_model, policy_trunk
+from kilter.models.generation import NativeSampler
 from kilter.models.load import load_tokenizer
 from kilter.models.reward_heads import REWARD
 from kilter.models.trunk import Trunk
@@ -117,14 +118,14 @@ class Points:
             return
         judges = self.evaluation.judges
         drawn = collect(
-            policy_trunk(about["model"]).eval(),
-            "policy",
+            NativeSampler(
+                policy_trunk(about["model"]).eval(), "policy", batch_size=self.evaluation.stage.sampling.batch_size
+            ),
             judges.encoder,
             self.prompts,
             num_samples=total,
             sampling=self.evaluation.sampling,
             generator=self.evaluation.context.generator(f"curve/{method}"),
-            batch_size=self.evaluation.stage.sampling.batch_size,
         )
         flat = [one.sample for row in drawn for one in row]
         chooser = chooser_of(about)

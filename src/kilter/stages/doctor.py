@@ -16,8 +16,9 @@ from kilter.data.chat import ChatEncoder
 from kilter.errors import KilterError
 from kilter.models.build import policy_trunk
 from kilter.models.check import both_ways
-from kilter.models.generation import Sampling, generate
+from kilter.models.generation import NativeSampler
 from kilter.models.load import load_model, load_tokenizer, remove_dropout
+from kilter.models.sampling import Sampling, Stops, draw_seeds
 from kilter.models.save import sequence_classifier
 from kilter.models.trunk import Trunk
 from kilter.records import Message, Prompt
@@ -160,14 +161,11 @@ def _end_reachable(trunk: Trunk, encoder: ChatEncoder, path: str | None) -> Verd
     if path is not None:
         records = data.read(path, record="prompt", limit=8).records
         prompts = [encoder.prompt(one.prompt) for one in records if isinstance(one, Prompt)]
-    drawn = generate(
-        trunk,
-        "policy",
+    drawn = NativeSampler(trunk, "policy").sample(
         prompts,
-        num_samples=4,
+        draw_seeds(torch.Generator().manual_seed(0), len(prompts), 4),
         sampling=Sampling(max_new_tokens=128),
-        stop_ids=encoder.stop_ids,
-        generator=torch.Generator().manual_seed(0),
+        stops=Stops(encoder.stop_ids),
     )
     answers = [one for row in drawn for one in row]
     ended = sum(one.finished for one in answers)

@@ -14,8 +14,9 @@ from kilter.data.chat import ChatEncoder
 from kilter.errors import CheckError, ModelError
 from kilter.evals import Answer, read_answers, write_answers
 from kilter.models.build import policy_trunk
-from kilter.models.generation import Sampling
+from kilter.models.generation import NativeSampler
 from kilter.models.load import load_tokenizer
+from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Demonstration, Prompt, Sample, Scorer
 from kilter.rollout.best_of_n import best_of_n, best_of_n_kl
@@ -106,14 +107,12 @@ class Evaluation:
                 "between them means nothing; evaluate models of one family together"
             )
         drawn = collect(
-            trunk,
-            "policy",
+            NativeSampler(trunk, "policy", batch_size=self.stage.sampling.batch_size),
             encoder,
             prompts,
             num_samples=1,
             sampling=self.sampling,
             generator=self.context.generator(f"samples/{purpose}"),
-            batch_size=self.stage.sampling.batch_size,
         )
         return [row[0] for row in drawn]
 
@@ -131,15 +130,13 @@ class Evaluation:
                 f"models.{name} is best-of-n, which needs the evaluation's `reward`; name the reward model"
             )
         chosen = best_of_n(
-            trunk,
-            "policy",
+            NativeSampler(trunk, "policy", batch_size=self.stage.sampling.batch_size),
             self.judges.encoder,
             self.prompts,
             chooser_of(about),
             n=about["num_samples"],
             sampling=self.sampling,
             generator=self.context.generator(f"samples/{name}"),
-            batch_size=self.stage.sampling.batch_size,
         )
         kl = best_of_n_kl(about["num_samples"])
         rollouts = [one.chosen for one in chosen]

@@ -12,6 +12,7 @@ from kilter.data.convert import can_convert
 from kilter.errors import ConfigError
 from kilter.losses import unusual
 from kilter.models.build import policy_trunk
+from kilter.models.generation import NativeSampler
 from kilter.models.load import load_model, load_tokenizer
 from kilter.models.roles import Role, add_adapter
 from kilter.models.save import save_causal_lm
@@ -174,6 +175,7 @@ def run_online(context: Context, stage: OnlineStage) -> Figures:
         equipment.encoder,
         prompts,
         scorer,
+        sampler=NativeSampler(trunk, "policy", batch_size=stage.sampling.batch_size),
         sampling=sampling_of(stage.sampling),
         prompts_per_rollout=stage.prompts_per_round,
         num_samples=stage.num_samples,
@@ -186,7 +188,6 @@ def run_online(context: Context, stage: OnlineStage) -> Figures:
         reference=objective.needs_reference,
         row_tokens=stage.optim.row_tokens,
         batch_tokens=stage.optim.batch_tokens,
-        batch_size=stage.sampling.batch_size,
     )
     a_round = source.steps_per_rollout
     places = {place * a_round for place in snapshot_places(stage.rounds, stage.snapshots)}

@@ -11,7 +11,8 @@ from typing import Any
 
 from kilter.config import OnlineStage, PreferStage
 from kilter.models.build import policy_trunk
-from kilter.models.generation import Sampling
+from kilter.models.generation import NativeSampler
+from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Document, Prompt
 from kilter.report.preferences import FORGETTING
@@ -50,8 +51,7 @@ def run_probe(
     losses: dict[str, list[float]] = {}
     for when, (model, role) in models.items():
         rows = collect(
-            model,
-            role,
+            NativeSampler(model, role),
             equipment.encoder,
             chosen,
             num_samples=1,

@@ -12,6 +12,7 @@ from torch import Tensor
 from kilter import data
 from kilter.config import OnlineStage, RlStage
 from kilter.models.build import ppo_trunk
+from kilter.models.generation import NativeSampler
 from kilter.models.save import save_causal_lm
 from kilter.records import PreferencePair, Prompt, Scorer, prompt_id
 from kilter.rollout.collect import Rollout
@@ -61,6 +62,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         equipment.encoder,
         prompts,
         scorer,
+        sampler=NativeSampler(trunk, "policy", batch_size=stage.sampling.batch_size),
         sampling=sampling_of(stage.sampling),
         config=numbers,
         prompts_per_rollout=stage.prompts_per_rollout,
@@ -68,7 +70,6 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         generator=context.generator("rollouts"),
         row_tokens=stage.optim.row_tokens,
         batch_tokens=stage.optim.batch_tokens,
-        batch_size=stage.sampling.batch_size,
         judge=last_good,
     )
     places = snapshot_places(stage.rollouts, stage.snapshots)

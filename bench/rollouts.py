@@ -1,0 +1,159 @@
+"""Sampling beside `model.generate` of transformers: the same prompts, n = 4 answers each, the same lengths, in turn.
+
+    python bench/rollouts.py [--size 4m] [--prompts 16] [--rounds 5] [--cores 1]
+
+Prompts and answers have the lengths of HH-RLHF where shared/ is beside the checkout, else the world's; the tokens are
+random, the model has the shape named and random weights. Every answer ends at its own preset length, because a random
+model never ends one. Both take the likeliest token, and in float32 the tokens must be the same before a time is told.
+Ways: `kilter` and `generate` in float32, and each in bfloat16 where the processor has it. `generate` has all rows in
+one batch, padded on the left, each prompt four times, as TRL's trainers call it.
+
+Printed are medians over the rounds and their ratios, the tokens a second, and the largest difference between the
+log-probs of sampling and of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kilter.models.build import policy_trunk
+from kilter.models.generation import NativeSampler
+from kilter.models.sampling import Sampling, Stops, draw_seeds
+from kilter.models.trunk import Trunk
+from kilter.tree import Group, Response, make_batches, split_by_response
+from preferences import PAD, SIZES, has_bfloat16, lengths, model_of
+
+SAMPLES = 4
+
+
+def kilter_way(trunk: Trunk, limits: torch.Tensor) -> Callable[[list[list[int]]], list[list[int]]]:
+    sampler = NativeSampler(trunk, "policy", batch_size=limits.numel())
+    seeds = draw_seeds(torch.Generator().manual_seed(0), *limits.shape)
+    sampling = Sampling(temperature=0.0, max_new_tokens=int(limits.max()))
+
+    def answer(prompts: list[list[int]]) -> list[list[int]]:
+        drawn = sampler.sample(prompts, seeds, sampling=sampling, stops=Stops(()), limits=limits)
+        return [list(one.ids) for row in drawn for one in row]
+
+    return answer
+
+
+def generate_way(model: Any, limits: torch.Tensor) -> Callable[[list[list[int]]], list[list[int]]]:
+    def answer(prompts: list[list[int]]) -> list[list[int]]:
+        rows = [prompt for prompt in prompts for _ in range(SAMPLES)]
+        width = max(len(row) for row in rows)
+
+        def ended(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+            return ids.shape[1] - width >= limits.flatten()
+
+        ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=int(limits.max()),
+            eos_token_id=None,
+            pad_token_id=PAD,
+            stopping_criteria=transformers.StoppingCriteriaList([ended]),
+        )
+        return [row[width : width + limit] for row, limit in zip(out.tolist(), limits.flatten().tolist(), strict=True)]
+
+    return answer
+
+
+def sampler_gap(trunk: Trunk, prompts: list[list[int]], limits: torch.Tensor) -> float:
+    """Largest difference of a sampled token's log-prob between sampling and the trainer's packed forward, nats."""
+    sampler = NativeSampler(trunk, "policy", batch_size=limits.numel())
+    seeds = draw_seeds(torch.Generator().manual_seed(0), *limits.shape)
+    sampling = Sampling(max_new_tokens=int(limits.max()))
+    drawn = sampler.sample(prompts, seeds, sampling=sampling, stops=Stops(()), limits=limits)
+    numbered = iter(range(limits.numel()))
+    groups = [
+        Group(tuple(prompt), tuple(Response(one.ids, per_response={"at": float(next(numbered))}) for one in row))
+        for prompt, row in zip(prompts, drawn, strict=True)
+    ]
+    answers, largest = [one for row in drawn for one in row], 0.0
+    for batch in make_batches(groups, row_tokens=1024, batch_tokens=1024):
+        with torch.no_grad():
+            logprobs = trunk(batch.tree, {"policy": "logprobs"})["policy"]
+        places = batch.extras["at"].long().tolist()
+        for place, part in zip(places, split_by_response(logprobs, batch.tree.leaf, len(places)), strict=True):
+            largest = max(largest, float((part - torch.tensor(answers[place].logprobs)).abs().max()))
+    return largest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=tuple(SIZES), default="4m")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--ways", nargs="*", help="default: all that this processor has")
+    parser.add_argument("--quick", action="store_true", help="the same greedy tokens at 4m, no times")
+    parser.add_argument("--out", type=Path, help="append the figures to this JSON-lines file")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    os.sched_setaffinity(0, set(range(options.cores)))
+    torch.set_num_threads(options.cores)
+    if options.quick:
+        options.size, options.rounds, options.prompts, options.ways = "4m", 0, 4, ["kilter", "generate"]
+    size = SIZES[options.size]
+    drawn = lengths(options.prompts, SAMPLES)
+    rng = random.Random(2)
+    prompts = [[rng.randrange(2, size.vocab) for _ in range(row[0])] for row in drawn]
+    limits = torch.tensor([row[1:] for row in drawn])
+    ways: dict[str, Callable[[list[list[int]]], list[list[int]]]] = {}
+    trunks: dict[str, Trunk] = {}
+    for name in ["float32", *(["bfloat16"] if has_bfloat16() else [])]:
+        low = name == "bfloat16"
+        suffix = "-bf16" if low else ""
+        trunks[name] = policy_trunk(model_of(size, 0), compute_dtype=torch.bfloat16 if low else None)
+        ways[f"kilter{suffix}"] = kilter_way(trunks[name], limits)
+        plain = model_of(size, 0).eval()
+        ways[f"generate{suffix}"] = generate_way(plain.to(torch.bfloat16) if low else plain, limits)
+    ways = {name: way for name, way in ways.items() if not options.ways or name in options.ways}
+    tokens = {name: way(prompts) for name, way in ways.items()}
+    if tokens["kilter"] != tokens["generate"]:
+        print("the greedy tokens differ in float32: nothing is compared")
+        return 1
+    print(f"{limits.numel()} answers, {int(limits.sum())} greedy tokens: the same in float32")
+    if options.quick:
+        return 0
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way(prompts)
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(own) for name, own in seconds.items()}
+    for name, median in medians.items():
+        over = ", ".join(f"{medians[other] / median:5.2f} of {other}" for other in medians if "generate" in other)
+        print(f"{name:14} {median:8.3f} s, {int(limits.sum()) / median:7.0f} tokens/s; times as fast: {over}")
+    gaps = {name: sampler_gap(trunk, prompts, limits) for name, trunk in trunks.items()}
+    for name, gap in gaps.items():
+        print(f"sampler against trainer, {name}: largest difference of a token's log-prob {gap:.2g} nats")
+    if options.out:
+        row = {"size": options.size, "prompts": options.prompts, "cores": options.cores, "rounds": options.rounds}
+        row |= {"tokens": int(limits.sum()), "medians": medians, "gaps": gaps}
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
