@@ -1,4 +1,4 @@
-"""Arithmetic on scored tokens and responses that several losses share: sums by index, pairs, KL estimators, GAE.
+"""Arithmetic on scored tokens and responses that several losses share: sums by index, pairs, KL estimators, advantages.
 
 Letters as in `tree.py`: N scored tokens, R responses, P pairs of responses. Everything is indexed, nothing is masked.
 """
@@ -6,12 +6,15 @@ Letters as in `tree.py`: N scored tokens, R responses, P pairs of responses. Eve
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 LOG_RATIO_LIMIT = 20.0
 """Log-prob differences are clamped to +-20 nats before `exp`: e^20 = 4.9e8 still squares within float32."""
+ADVANTAGE_EPS = 1e-4
+"""Added to a standard deviation of rewards before it divides, as TRL does: equal rewards have advantage 0."""
 
 
 def sum_by(values: Tensor, index: Tensor, size: int) -> Tensor:
@@ -27,6 +30,15 @@ def sum_by(values: Tensor, index: Tensor, size: int) -> Tensor:
     return values.new_zeros(size).index_add(0, index, values)
 
 
+def mean_by(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Mean of `values` by `index`; arguments as of `sum_by`.
+
+    Returns:
+        float[size]; an index that never occurs gives 0. Values 1, 2, 3 with index 0, 1, 0 give 2, 2.
+    """
+    return sum_by(values, index, size) / sum_by(torch.ones_like(values), index, size).clamp(min=1)
+
+
 def less_group_mean(values: Tensor, group: Tensor) -> Tensor:
     """Values less their mean over the responses to the same prompt.
 
@@ -36,8 +48,13 @@ def less_group_mean(values: Tensor, group: Tensor) -> Tensor:
     Returns:
         float[R]. Values 1, 2, 6 of groups 0, 1, 0 give -2.5, 0, 2.5.
     """
+    return values - _over_group(values, group) / _over_group(torch.ones_like(values), group)
+
+
+def _over_group(values: Tensor, group: Tensor) -> Tensor:
+    """float[R]: at each response, the sum over all responses to its prompt."""
     size = int(group.max()) + 1 if len(group) else 0
-    return values - (sum_by(values, group, size) / sum_by(torch.ones_like(values), group, size))[group]
+    return sum_by(values, group, size)[group]
 
 
 def pairs_in_groups(group: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,6 +146,71 @@ def whiten(values: Tensor, *, subtract_mean: bool = True, eps: float = 1e-8) -> 
     mean = values.mean()
     scaled = (values - mean) * torch.rsqrt(values.var(correction=0) + eps)
     return scaled if subtract_mean else scaled + mean
+
+
+def group_advantages(rewards: Tensor, group: Tensor, *, scale: Literal["group", "batch", "none"] = "group") -> Tensor:
+    """How much better a response is than the others to its prompt: the group is its own baseline, without a critic.
+
+        A_r = (reward_r - mean of its group) / (s + eps)
+
+    s is the standard deviation of its group (GRPO: Shao et al. 2024, arXiv 2402.03300, section 4.1.2) or of all rewards
+    given ("batch"), over n - 1; eps is 1e-4; both are TRL's choice, the paper leaves them open. "none" divides by
+    nothing (Dr. GRPO: Liu et al. 2025, arXiv 2503.20783, section 3.2), so that questions whose answers are nearly all
+    right or all wrong do not count more. Worked out in float64, so that equal rewards differ by nothing.
+
+    Args:
+        rewards: float[R], of all responses of a step: a micro-batch has another standard deviation.
+        group: int[R], the prompt that each response answers; groups may differ in size.
+    Returns:
+        float[R]. Rewards 0, 1 of one prompt give -0.7070, 0.7070 (s = 0.7071); -0.5, 0.5 with scale "none". A response
+        alone in its group has 0.
+    """
+    exact = rewards.double()
+    advantages = less_group_mean(exact, group)
+    if scale != "none":
+        over = group if scale == "group" else torch.zeros_like(group)
+        degrees = _over_group(torch.ones_like(exact), over) - 1
+        variance = _over_group(less_group_mean(exact, over).square(), over) / degrees.clamp(min=1)
+        advantages = advantages / (variance.sqrt() + ADVANTAGE_EPS)
+    return advantages.to(rewards.dtype)
+
+
+def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
+    """The reward less the mean of the *other* responses to the prompt: a baseline that leaves the gradient unbiased.
+
+        A_r = reward_r - (sum of its group - reward_r) / (k - 1)  =  (reward_r - mean of its group) k / (k - 1)
+
+    RLOO: Ahmadian et al. 2024, arXiv 2402.14740; k is the size of the group. Worked out in float64, so
+    that equal rewards differ by nothing.
+
+    Args:
+        rewards: float[R].
+        group: int[R], the prompt that each response answers; groups may differ in size.
+    Returns:
+        float[R]. Rewards 0, 1 of one prompt give -1, 1. A response alone in its group has 0.
+    """
+    exact = rewards.double()
+    size = _over_group(torch.ones_like(exact), group)
+    return (less_group_mean(exact, group) * size / (size - 1).clamp(min=1)).to(rewards.dtype)
+
+
+def reinforce_plus_plus(rewards: Tensor, leaf: Tensor) -> Tensor:
+    """What is still to come of a response's rewards, on one scale for the whole step.
+
+        G_n = r_n + r_{n+1} + ... up to the response's end            A_n = (G_n - mean G) / sd G
+
+    REINFORCE++: Hu et al. 2025, arXiv 2501.03262; G is `gae` with values 0 and gamma = lambda = 1, the mean and the
+    standard deviation (`whiten`) are over all tokens given. For its form with a baseline pay
+    `less_group_mean(scores, group)` at the last tokens instead of the scores.
+
+    Args:
+        rewards: float[N], paid for each scored token, of all responses of a step.
+        leaf: int[N], as in `gae`.
+    Returns:
+        float[N]. Two responses of one token paid 1 and 3 give -1, 1.
+    """
+    returns, _ = gae(rewards, torch.zeros_like(rewards), leaf, gae_lambda=1.0)
+    return whiten(returns)
 
 
 def gae(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -166,3 +167,86 @@ def test_values_less_their_groups_mean() -> None:
     group = torch.tensor([0, 1, 0])
     assert ops.less_group_mean(torch.tensor([1.0, 2.0, 6.0]), group).tolist() == [-2.5, 0.0, 2.5]
     assert ops.less_group_mean(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).numel() == 0
+
+
+def test_means_by_index() -> None:
+    got = ops.mean_by(f64(1.0, 2.0, 4.0, 9.0), torch.tensor([0, 2, 0, 0]), 4)
+    assert got.tolist() == pytest.approx([14 / 3, 0.0, 2.0, 0.0], abs=1e-12)
+    assert ops.mean_by(f64(), torch.tensor([], dtype=torch.int64), 2).tolist() == [0.0, 0.0]
+
+
+# Advantages: three prompts with three, one and two responses, not side by side.
+SCORES, GROUP = f64(1.0, 5.0, 2.0, 4.0, 6.0, 1.5), torch.tensor([0, 1, 0, 2, 0, 2])
+CENTRED = [-2.0, 0.0, -1.0, 1.25, 3.0, -1.25]
+
+
+def test_group_advantages_by_hand() -> None:
+    first, third = math.sqrt((4 + 1 + 9) / 2) + 1e-4, math.sqrt(2 * 1.25**2) + 1e-4
+    expected = [-2 / first, 0.0, -1 / first, 1.25 / third, 3 / first, -1.25 / third]
+    assert ops.group_advantages(SCORES, GROUP).tolist() == pytest.approx(expected, abs=1e-12)
+    assert ops.group_advantages(SCORES, GROUP, scale="none").tolist() == pytest.approx(CENTRED, abs=1e-12)
+
+
+def test_group_advantages_on_the_scale_of_the_batch() -> None:
+    deviations = [score - 3.25 for score in SCORES.tolist()]
+    spread = math.sqrt(sum(x * x for x in deviations) / 5) + 1e-4
+    got = ops.group_advantages(SCORES, GROUP, scale="batch").tolist()
+    assert got == pytest.approx([x / spread for x in CENTRED], abs=1e-12)
+
+
+def test_leave_one_out_by_hand() -> None:
+    expected = [1 - 8 / 2, 0.0, 2 - 7 / 2, 4 - 1.5, 6 - 3 / 2, 1.5 - 4]
+    assert ops.leave_one_out(SCORES, GROUP).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_example_of_each_advantage() -> None:
+    rewards, group = f64(0.0, 1.0), torch.tensor([0, 0])
+    assert ops.group_advantages(rewards, group).tolist() == pytest.approx([-0.7070, 0.7070], abs=1e-4)
+    assert ops.group_advantages(rewards, group, scale="none").tolist() == [-0.5, 0.5]
+    assert ops.leave_one_out(rewards, group).tolist() == [-1.0, 1.0]
+    assert ops.reinforce_plus_plus(f64(1.0, 3.0), torch.tensor([0, 1])).tolist() == pytest.approx([-1, 1], abs=1e-7)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_alone_and_none_have_no_advantage(scale: Literal["group", "batch", "none"]) -> None:
+    equal, together = torch.full((7,), 1000.1), torch.zeros(7, dtype=torch.int64)  # 1000.1 is no float32
+    for rewards, group in ((equal, together), (f64(3.0), together[:1]), (f64(), together[:0])):
+        for got in (ops.group_advantages(rewards, group, scale=scale), ops.leave_one_out(rewards, group)):
+            assert got.dtype == rewards.dtype
+            assert got.tolist() == pytest.approx([0.0] * len(rewards), abs=1e-8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=12), st.integers(0, 1000), st.floats(-5, 5))
+def test_what_a_whole_group_is_paid_more_is_no_advantage(scores: list[float], seed: int, bonus: float) -> None:
+    group = torch.randint(0, 3, (len(scores),), generator=torch.Generator().manual_seed(seed))
+    rewards, moved = f64(*scores), f64(*scores) + bonus * (group == 1)
+    scales: tuple[Literal["group", "none"], ...] = ("group", "none")
+    for scale in scales:
+        got = ops.group_advantages(rewards, group, scale=scale)
+        assert torch.allclose(ops.group_advantages(moved, group, scale=scale), got, atol=1e-6)
+        assert ops.sum_by(got, group, 3).abs().max() < 1e-6
+    assert torch.allclose(ops.leave_one_out(moved, group), ops.leave_one_out(rewards, group), atol=1e-9)
+
+
+def test_reinforce_plus_plus_by_hand() -> None:
+    to_go = [1.3, 1.2, 1.0, 1.7, 2.0]
+    mean = sum(to_go) / 5
+    spread = math.sqrt(sum((x - mean) ** 2 for x in to_go) / 5 + 1e-8)
+    got = ops.reinforce_plus_plus(REWARDS, LEAF).tolist()
+    assert got == pytest.approx([(x - mean) / spread for x in to_go], abs=1e-12)
+
+
+def test_reinforce_plus_plus_with_a_baseline() -> None:
+    """Scores 2, 4 of one prompt and 9, 9 of another, paid at the last tokens less their group's mean."""
+    scores = ops.less_group_mean(f64(2.0, 4.0, 9.0, 9.0), torch.tensor([0, 0, 1, 1]))
+    leaf = torch.tensor([0, 0, 1, 2, 3, 3])
+    rewards = torch.zeros(6, dtype=torch.float64).index_put((torch.tensor([1, 2, 3, 5]),), scores)
+    spread = math.sqrt((1 + 1 + 1 - 1 / 6) / 6)  # of -1, -1, 1, 0, 0, 0 about their mean, -1/6
+    expected = [(x + 1 / 6) / spread for x in (-1, -1, 1, 0, 0, 0)]
+    assert ops.reinforce_plus_plus(rewards, leaf).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_one_token_and_equal_rewards_teach_nothing() -> None:
+    assert ops.reinforce_plus_plus(f64(3.0), torch.tensor([0])).tolist() == [0.0]
+    assert ops.reinforce_plus_plus(f64(0.0, 2.0, 2.0), torch.tensor([0, 0, 1])).tolist() == [0.0, 0.0, 0.0]

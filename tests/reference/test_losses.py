@@ -437,3 +437,138 @@ def test_the_gradient_of_k2_is_that_of_the_kl() -> None:
     (k1,) = torch.autograd.grad((p * ops.kl_k1(logp, logq)).sum(), logits)
     assert torch.allclose(k2, exact, atol=1e-12)
     assert torch.allclose(k1, torch.zeros(4, dtype=torch.float64), atol=1e-12)
+
+
+def slow_advantages(rewards: list[float], scale: str, everything: list[float]) -> list[float]:
+    """Shao et al. 2024, section 4.1.2, one prompt at a time; the spread is of these rewards, of all, or not there."""
+    mean = math.fsum(rewards) / len(rewards)
+    if scale == "none":
+        return [reward - mean for reward in rewards]
+    others = rewards if scale == "group" else everything
+    middle = math.fsum(others) / len(others)
+    spread = math.sqrt(math.fsum((x - middle) ** 2 for x in others) / (len(others) - 1)) if len(others) > 1 else 0.0
+    return [(reward - mean) / (spread + 1e-4) for reward in rewards]
+
+
+def slow_rloo(rewards: list[float]) -> list[float]:
+    """Ahmadian et al. 2024: each against the average of the others."""
+    found = []
+    for place, reward in enumerate(rewards):
+        others = rewards[:place] + rewards[place + 1 :]
+        found.append(reward - sum(others) / len(others) if others else 0.0)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_advantages_of_groups(seed: int) -> None:
+    rng = random.Random(seed)
+    sizes = [rng.randint(1, 6) for _ in range(5)]
+    rewards = [[rng.gauss(3, 2) for _ in range(k)] for k in sizes]
+    order = rng.sample(range(sum(sizes)), sum(sizes))  # the responses of a prompt need not stand side by side
+    group = [[g for g, k in enumerate(sizes) for _ in range(k)][place] for place in order]
+
+    def shuffled(rows: list[list[float]]) -> list[float]:
+        return [joined(rows)[place] for place in order]
+
+    scores, index = tensor(shuffled(rewards)), torch.tensor(group)
+    for scale in ("group", "batch", "none"):
+        slow = shuffled([slow_advantages(row, scale, joined(rewards)) for row in rewards])
+        assert ops.group_advantages(scores, index, scale=scale).tolist() == pytest.approx(slow, rel=1e-9, abs=1e-12)
+    slow = shuffled([slow_rloo(row) for row in rewards])
+    assert ops.leave_one_out(scores, index).tolist() == pytest.approx(slow, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_reinforce_plus_plus(seed: int) -> None:
+    rng = random.Random(seed)
+    rewards = [[rng.gauss(0, 1) for _ in range(n)] for n in (1, 4, 2, rng.randint(1, 30))]
+    to_go = [sum(row[t:]) for row in rewards for t in range(len(row))]
+    mean = sum(to_go) / len(to_go)
+    spread = math.sqrt(sum((x - mean) ** 2 for x in to_go) / len(to_go))
+    leaf = torch.repeat_interleave(torch.arange(4), torch.tensor([len(row) for row in rewards]))
+    got = ops.reinforce_plus_plus(tensor(joined(rewards)), leaf).tolist()
+    assert got == pytest.approx([(x - mean) / spread for x in to_go], rel=1e-6, abs=1e-7)
+
+
+def slow_response(new: list[float], old: list[float], advantage: float, low: float, high: float, mean: bool) -> float:
+    """Zheng et al. 2025, eq. 5-7 (`mean`), and the same of the whole response's probability: one response, by cases."""
+    ratio = math.prod(math.exp(a) / math.exp(b) for a, b in zip(new, old, strict=True))
+    ratio = ratio ** (1 / len(new)) if mean else ratio
+    if advantage > 0:
+        return -advantage * min(ratio, 1 + high)
+    return -advantage * max(ratio, 1 - low)
+
+
+@pytest.mark.parametrize("name", ["gspo", "response_clip"])
+@pytest.mark.parametrize("seed", range(4))
+def test_losses_of_responses(seed: int, name: str) -> None:
+    """Values, and the gradient of the mean over tokens against the slow loss moved a little at each token."""
+    rng = random.Random(seed)
+    lengths = [1, 2, 5, rng.randint(1, 9)]
+    old = [[-3 * rng.random() - 0.5 for _ in range(n)] for n in lengths]
+    new = [[x + rng.gauss(0, 0.3) for x in row] for row in old]
+    advantages = [rng.gauss(0, 1) for _ in lengths]
+    low, high = rng.uniform(0.05, 0.2), rng.uniform(0.1, 0.3)
+    leaf = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    logprobs = tensor(joined(new)).requires_grad_()
+    spread = tensor(advantages)[leaf]
+    got = getattr(losses, name)(logprobs, tensor(joined(old)), spread, leaf, 4, clip_range=low, clip_range_high=high)
+
+    def slow(rows: list[list[float]]) -> list[float]:
+        return [
+            slow_response(row, before, a, low, high, name == "gspo")
+            for row, before, a in zip(rows, old, advantages, strict=True)
+        ]
+
+    assert got.tolist() == pytest.approx(
+        [x for x, n in zip(slow(new), lengths, strict=True) for _ in range(n)], rel=1e-9
+    )
+    ops.mean_by(got, leaf, 4).sum().backward()
+    assert logprobs.grad is not None
+    gradient = iter(logprobs.grad.tolist())
+    for number, row in enumerate(new):
+        for place in range(len(row)):
+            moved = []
+            for step in (1e-6, -1e-6):
+                changed = [list(other) for other in new]
+                changed[number][place] += step
+                moved.append(sum(slow(changed)))
+            assert next(gradient) == pytest.approx((moved[0] - moved[1]) / 2e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_token_losses_with_two_ranges(seed: int) -> None:
+    rng = random.Random(seed)
+    old = [-3 * rng.random() - 1 for _ in range(40)]
+    new = [x + rng.gauss(0, 0.5) for x in old]
+    advantages = [rng.gauss(0, 1) for _ in old]
+    low, high = rng.uniform(0.1, 0.3), rng.uniform(0.3, 0.6)
+    ratios = [math.exp(a) / math.exp(b) for a, b in zip(new, old, strict=True)]
+    rows = list(zip(ratios, advantages, new, strict=True))
+    columns = tensor(new), tensor(old), tensor(advantages)
+    got = losses.ppo_clip(*columns, clip_range=low, clip_range_high=high)
+    slow = [-a * (min(ratio, 1 + high) if a > 0 else max(ratio, 1 - low)) for ratio, a, _ in rows]
+    assert got.tolist() == pytest.approx(slow, rel=1e-9)
+    got = losses.cispo(*columns, clip_range=low, clip_range_high=high)
+    assert got.tolist() == pytest.approx(
+        [-min(max(ratio, 1 - low), 1 + high) * a * logp for ratio, a, logp in rows], rel=1e-9
+    )
+    assert losses.reinforce(columns[0], columns[2]).tolist() == pytest.approx([-a * logp for _, a, logp in rows])
+    weights, cut = losses.importance_weights(columns[0], columns[1], cap=1.1)
+    assert weights.tolist() == pytest.approx([min(ratio, 1.1) for ratio in ratios], rel=1e-9)
+    assert cut.item() == pytest.approx(sum(ratio > 1.1 for ratio in ratios) / 40)
+
+
+def test_which_divergence_each_penalty_lowers() -> None:
+    """Expected gradients, summed exactly over four outcomes: k1 none, k2 of KL(p || q), k3 of KL(q || p)."""
+    logits = tensor([0.3, -0.7, 0.1, 0.9]).requires_grad_()
+    logq = tensor([math.log(x) for x in (0.7, 0.1, 0.15, 0.05)])
+    logp = logits.log_softmax(0)
+    p, q = logp.exp().detach(), logq.exp()
+    (reverse,) = torch.autograd.grad((logp.exp() * (logp - logq)).sum(), logits, retain_graph=True)
+    (forward,) = torch.autograd.grad((q * (logq - logp)).sum(), logits, retain_graph=True)
+    assert (reverse - forward).norm() > 0.1
+    for estimator, expected in (("k1", torch.zeros_like(logits)), ("k2", reverse), ("k3", forward)):
+        loss = (p * losses.kl_penalty(logp, logq, estimator)).sum()
+        (got,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        assert torch.allclose(got, expected, atol=1e-12)

@@ -20,8 +20,8 @@ from kilter.rollout import PPOSource, Rollout
 from kilter.rollout.source import Verdict
 from kilter.train.checkpoint import CheckpointStore
 from kilter.train.loop import TrainState, fit, train_step
-from kilter.train.objectives import ppo
 from kilter.train.optimizer import make_optimizer
+from kilter.train.policy import ppo
 from kilter.tree import Batch
 
 Make = Callable[..., Any]

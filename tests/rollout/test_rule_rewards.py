@@ -19,8 +19,8 @@ from kilter.rollout import PPOSource, best_of_n
 from kilter.rollout.pairs import PairSource
 from kilter.scorers import load_rules
 from kilter.train.loop import TrainState, fit
-from kilter.train.objectives import ppo
 from kilter.train.optimizer import make_optimizer
+from kilter.train.policy import ppo
 from kilter.train.preferences import preference
 
 SHEET: dict[str, Any] = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kilter.errors import DataError, RunError
-from kilter.train import objectives
+from kilter.train import objectives, policy
 from kilter.train.checkpoint import CheckpointStore, GeneratorState, from_files, to_files
 from kilter.train.loop import TrainState, fit
 from kilter.train.optimizer import make_optimizer, make_schedule
@@ -53,7 +53,7 @@ def run(make: Any, folder: Path | None, steps: int, *, batch_groups: int = 5, **
     controller = Controller()
     also = {"controller": controller, "generator": GeneratorState(torch.Generator().manual_seed(1))}
     store = None if folder is None else CheckpointStore(folder)
-    objective = objectives.ppo()
+    objective = policy.ppo()
     fit(
         state,
         objective,

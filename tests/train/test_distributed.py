@@ -27,7 +27,7 @@ from kilter.losses import UNPAIRED_LOSSES, preference_losses
 from kilter.models.build import policy_trunk
 from kilter.models.roles import Lora
 from kilter.models.shard import whole
-from kilter.train import distributed, objectives, preferences, rewards
+from kilter.train import distributed, objectives, policy, preferences, rewards
 from kilter.train.checkpoint import CheckpointStore
 from kilter.train.loop import TrainState, fit, measure, train_step
 from kilter.train.optimizer import make_optimizer
@@ -47,7 +47,7 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
         rewards.reward_model, "plackett_luce", heads=("reward", "value"), centring_coef=0.05
     ),
     "reward apart from length": functools.partial(rewards.reward_model, length_coef=0.5),
-    "ppo": objectives.ppo,
+    "ppo": policy.ppo,
 }
 
 
@@ -178,7 +178,7 @@ def test_a_bad_gradient_on_one_process_is_refused_by_both(make: Any, tmp_path: P
         before = torch.cat([p.detach().flatten() for p in trunk.parameters()])
         batches = cut(distributed.share_of(groups), 100)
         with pytest.raises(CheckError, match=f"its batches are in .*step-000000-rank-{rank}"):
-            train_step(state, objectives.ppo(value=None), batches, failures=tmp_path)
+            train_step(state, policy.ppo(value=None), batches, failures=tmp_path)
         assert torch.equal(torch.cat([p.detach().flatten() for p in trunk.parameters()]), before)
 
     two_processes(work, tmp_path)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kilter.train import objectives, preferences, rewards
+from kilter.train import objectives, policy, preferences, rewards
 from kilter.train.checkpoint import CheckpointStore
 from kilter.train.loop import TrainState, train_step
 from kilter.train.optimizer import make_optimizer
@@ -23,7 +23,7 @@ def test_a_step_on_a_gpu_is_a_step_on_the_cpu(name: str, make: Any, tmp_path: An
         "sft": objectives.sft(),
         "dpo": preferences.preference("dpo"),
         "reward": rewards.reward_model(),
-        "ppo": objectives.ppo(),
+        "ppo": policy.ppo(),
     }[name]
     rows = []
     for device in ("cpu", "cuda"):

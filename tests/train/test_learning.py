@@ -11,7 +11,7 @@ from kilter import ops
 from kilter.models.heads import ScalarHead
 from kilter.models.roles import Role
 from kilter.models.trunk import Trunk
-from kilter.train import objectives, preferences, rewards
+from kilter.train import objectives, policy, preferences, rewards
 from kilter.train.loop import TrainState, fit, measure
 from kilter.train.optimizer import make_optimizer
 from kilter.train.reference import with_reference
@@ -75,7 +75,7 @@ def test_ppo_paid_for_saying_a_token_says_it(make: Any) -> None:
     rows: list[dict[str, float]] = []
     fit(
         TrainState(trunk, optimizer),
-        objectives.ppo(),
+        policy.ppo(),
         source,
         steps=80,
         on_step=lambda _, figures: rows.append(figures),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kilter.errors import CheckError
-from kilter.train import objectives, rewards
+from kilter.train import objectives, policy, rewards
 from kilter.train.checkpoint import CheckpointStore, load_batches
 from kilter.train.loop import EarlyStop, TrainState, fit, measure, train_step
 from kilter.train.objectives import LossOutput
@@ -235,7 +235,7 @@ def test_the_schedule_moves_every_group_from_its_own_peak(make: Any) -> None:
     state = TrainState(trunk, optimizer, make_schedule("linear", steps=4))
     groups = make.groups(2, extras=make.ppo_extras)
     for _ in range(3):
-        figures = train_step(state, objectives.ppo(), cut(groups, 100))
+        figures = train_step(state, policy.ppo(), cut(groups, 100))
     assert figures["learning_rate"] == pytest.approx(0.005)
     assert {group["role"]: pytest.approx(group["lr"]) for group in optimizer.param_groups} == {
         "policy": 0.005,

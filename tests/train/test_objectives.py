@@ -10,7 +10,7 @@ import torch
 from scripted import Scripted, batch_of, figures, gradient
 
 from kilter.errors import CheckError
-from kilter.train import objectives, preferences, rewards
+from kilter.train import objectives, policy, preferences, rewards
 from kilter.train.loop import measure
 from kilter.train.objectives import Objective
 from kilter.train.reference import with_reference
@@ -37,14 +37,15 @@ def test_dynamic_fine_tuning_weights_each_token_by_its_probability() -> None:
 
 
 def test_what_a_user_gets_wrong_is_named() -> None:
-    with pytest.raises(CheckError, match="PPO needs 'old_logprobs'"):
-        objectives.ppo()(Scripted(policy=[-1.0], value=[0.0]), batch_of([[1]], [[0]]))
+    with pytest.raises(CheckError, match="policy loss 'ppo_clip' needs 'old_logprobs'"):
+        policy.ppo()(Scripted(policy=[-1.0], value=[0.0]), batch_of([[1]], [[0]]))
 
 
 def test_defaults_and_who_trains() -> None:
-    assert objectives.ppo() == objectives.Ppo(0.2, 0.2, 0.5, "policy", "value") == objectives.Ppo()
-    assert objectives.ppo().roles == ("policy", "value")
-    assert objectives.ppo(value=None).roles == objectives.sft().roles == ("policy",)
+    by_hand = policy.PolicyGradient(clip_range=0.2, clip_range_value=0.2, vf_coef=0.5, policy="policy", value="value")
+    assert policy.ppo() == by_hand
+    assert policy.ppo().roles == ("policy", "value")
+    assert policy.ppo(value=None).roles == objectives.sft().roles == ("policy",)
 
 
 def test_ppo_by_hand() -> None:
@@ -58,7 +59,7 @@ def test_ppo_by_hand() -> None:
         old_values=[1.0, 1.0, 0.5],
         returns=[1.5, 0.0, 3.0],
     )
-    out = objectives.ppo(vf_coef=0.1)(Scripted(policy=new, value=[0.5, 0.9, 0.5]), batch)
+    out = policy.ppo(vf_coef=0.1)(Scripted(policy=new, value=[0.5, 0.9, 0.5]), batch)
     assert out.terms["policy"][0].item() == pytest.approx(2 * 0.8 + 0.8 + 0.5 * math.exp(20), rel=1e-9)
     # value 0.5 moved too far from 1, and away from the return: it counts as it is; the other two moved less
     assert out.terms["value"][0].item() == pytest.approx(0.1 * 0.5 * (1.0**2 + 0.9**2 + 2.5**2), abs=1e-9)
@@ -74,7 +75,7 @@ def test_ppo_by_hand() -> None:
     k3 = [0.7 - 1 - math.log(0.7), 0.5 - 1 - math.log(0.5), math.exp(20) - 1 - 20]
     assert got["policy/approx_kl"] == pytest.approx(sum(k3) / 3)
     assert got["values/clip_fraction"] == pytest.approx(1 / 3)
-    done = objectives.ppo().finish(got)
+    done = policy.ppo().finish(got)
     error = torch.tensor([1.0, -0.9, 2.5])
     explained = 1 - error.var(correction=0) / torch.tensor([1.5, 0.0, 3.0]).var(correction=0)
     assert done["values/explained_variance"] == pytest.approx(explained.item(), abs=1e-6)
@@ -83,7 +84,7 @@ def test_ppo_by_hand() -> None:
 
 def test_ppo_at_the_first_pass() -> None:
     batch = batch_of([[2]], [[0]], old_logprobs=[-1.0, -2.0], advantages=[1.0, -3.0])
-    out = objectives.ppo(value=None)(Scripted(policy=[-1.0, -2.0]), batch)
+    out = policy.ppo(value=None)(Scripted(policy=[-1.0, -2.0]), batch)
     assert list(out.terms) == ["policy"]
     assert out.terms["policy"][0].item() == 2.0
     assert figures(out)["policy/ratio"] == 1.0
@@ -94,13 +95,13 @@ def test_ppo_at_the_first_pass() -> None:
 def test_the_value_clip_can_be_switched_off() -> None:
     columns = {"old_logprobs": [0.0], "advantages": [0.0], "old_values": [0.0], "returns": [9.0]}
     batch = batch_of([[1]], [[0]], **columns)
-    out = objectives.ppo(clip_range_value=0, vf_coef=1.0)(Scripted(policy=[0.0], value=[8.0]), batch)
+    out = policy.ppo(clip_range_value=0, vf_coef=1.0)(Scripted(policy=[0.0], value=[8.0]), batch)
     assert out.terms["value"][0].item() == 0.5
     assert figures(out)["values/clip_fraction"] == 0.0
 
 
 def test_constant_returns_have_no_explained_variance() -> None:
-    figure = objectives.ppo().finish(
+    figure = policy.ppo().finish(
         {"values/error": 0.5, "values/error_square": 0.25, "returns/mean": 2.0, "returns/square": 4.0}
     )
     assert "values/explained_variance" not in figure
@@ -114,7 +115,7 @@ def objective_named(name: str) -> Objective:
         "sft": objectives.sft(),
         "dpo": preferences.preference("dpo", {"beta": 0.3}),
         "reward": rewards.reward_model(centring_coef=0.05),
-        "ppo": objectives.ppo(),
+        "ppo": policy.ppo(),
     }[name]
 
 

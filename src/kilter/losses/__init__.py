@@ -2,13 +2,23 @@
 
 Preference losses stand by name in three tables: `PAIR_LOSSES` (a chosen and a rejected response; `pair`,
 `reference_free`), `UNPAIRED_LOSSES` (thumbs; `unpaired`), `RANKED_LOSSES` (whole rankings; `ranked`); those of reward
-models in `REWARD_LOSSES` (`reward`). `policy` is PPO's, `sft` is next-token cross-entropy. A new loss is a function
-with `@pair_loss(name)`, `@unpaired_loss(name)`, `@ranked_loss(name)` or `@reward_loss(name)` and a golden row in its
-test.
+models in `REWARD_LOSSES` (`reward`). `policy` holds those of policy gradients, `sft` is next-token cross-entropy. A new
+preference or reward loss is a function with `@pair_loss(name)`, `@unpaired_loss(name)`, `@ranked_loss(name)` or
+`@reward_loss(name)` and a golden row in its test.
 """
 
 from kilter.losses.pair import dpo
-from kilter.losses.policy import ppo_clip, value_clip
+from kilter.losses.policy import (
+    KlEstimator,
+    cispo,
+    gspo,
+    importance_weights,
+    kl_penalty,
+    ppo_clip,
+    reinforce,
+    response_clip,
+    value_clip,
+)
 from kilter.losses.ranked import dpo_pl
 from kilter.losses.reference_free import orpo
 from kilter.losses.registry import (
@@ -44,16 +54,21 @@ __all__ = [
     "REWARD_LOSSES",
     "UNPAIRED_INPUTS",
     "UNPAIRED_LOSSES",
+    "KlEstimator",
     "PreferenceLoss",
     "Range",
     "all_losses",
     "bind",
     "bradley_terry",
     "centring",
+    "cispo",
     "davidson",
     "dft",
     "dpo",
     "dpo_pl",
+    "gspo",
+    "importance_weights",
+    "kl_penalty",
     "kto",
     "nll",
     "orpo",
@@ -63,6 +78,8 @@ __all__ = [
     "preference_losses",
     "ranked_loss",
     "regression",
+    "reinforce",
+    "response_clip",
     "reward_loss",
     "thumbs",
     "unpaired_loss",

@@ -27,7 +27,7 @@ from kilter.stages.scoring import is_model, reward_of, scorer_of
 from kilter.stages.snapshots import Snapshots, snapshot_places
 from kilter.stages.training import Equipment, check_trunk, compute_dtype, equip, lora_of, train
 from kilter.train.checks import check_signs, require
-from kilter.train.objectives import ppo
+from kilter.train.policy import ppo
 from kilter.tree import Group, Response
 
 

@@ -4,7 +4,7 @@ An objective is a callable with `roles` (who trains) and maybe two hooks: `prepa
 gradient and before the first forward, what is a function of the whole step; `finish(means)` works out figures that are
 no means themselves (a variance explained, a perplexity) from those that are.
 
-Preference losses, all of them, have theirs in `preferences`, and reward models in `rewards`.
+Preference losses, all of them, have theirs in `preferences`, reward models in `rewards`, policy gradients in `policy`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kilter.errors import CheckError
-from kilter.losses import dft, nll, ppo_clip, value_clip
-from kilter.ops import clamp_log_ratio, kl_k3
+from kilter.losses import dft, nll
 from kilter.tree import Batch
 
 
@@ -118,89 +117,3 @@ def side_by_side(name: str, better: Tensor, worse: Tensor, weight: Tensor) -> di
         f"{name}/margin": (summed((better - worse) * weight), count),
         f"{name}/accuracy": (summed(right * weight), count),
     }
-
-
-# PPO -----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ppo:
-    """The clipped policy loss and, with a critic, the clipped value loss, per token."""
-
-    clip_range: float = 0.2
-    clip_range_value: float = 0.2
-    vf_coef: float = 0.5
-    policy: str = "policy"
-    value: str | None = "value"
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return (self.policy,) if self.value is None else (self.policy, self.value)
-
-    def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
-        ask = {self.policy: "logprobs"} | ({} if self.value is None else {self.value: "values"})
-        answers = trunk(batch.tree, ask)
-        logprobs = answers[self.policy]  # float[N]
-        old_logprobs, advantages = extra(batch, "old_logprobs", "PPO"), extra(batch, "advantages", "PPO")
-        losses = ppo_clip(logprobs, old_logprobs, advantages, clip_range=self.clip_range)
-        terms = {"policy": (losses.sum(), "tokens")}
-        with torch.no_grad():
-            log_ratio, num_clamped = clamp_log_ratio(logprobs - old_logprobs)
-            ratio = log_ratio.exp()
-            cut = losses > -advantages * ratio  # the clipped side is the larger loss: no gradient
-            metrics: dict[str, tuple[Tensor, Tensor | float]] = {
-                "policy/approx_kl": mean_of(kl_k3(old_logprobs, logprobs)),
-                "policy/ratio": mean_of(ratio),
-                "policy/clip_fraction": mean_of(cut),
-                "policy/clamp_fraction": (num_clamped, float(ratio.numel())),
-                "policy/surprisal": mean_of(-logprobs),
-                "advantages/mean": mean_of(advantages),
-            }
-        if self.value is not None:
-            values = answers[self.value]
-            old_values, returns = extra(batch, "old_values", "PPO"), extra(batch, "returns", "PPO")
-            clip_range = self.clip_range_value or math.inf
-            squares = value_clip(values, old_values, returns, clip_range=clip_range)
-            terms["value"] = (self.vf_coef * squares.sum(), "tokens")
-            with torch.no_grad():
-                error = returns - values
-                metrics |= {
-                    "values/mean": mean_of(values),
-                    "values/clip_fraction": mean_of((values - old_values).abs() > clip_range),
-                    "values/error": mean_of(error),
-                    "values/error_square": mean_of(error.square()),
-                    "returns/mean": mean_of(returns),
-                    "returns/square": mean_of(returns.square()),
-                }
-        return LossOutput(terms, metrics)
-
-    def finish(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Adds 1 - var(error) / var(returns): 1 is a perfect critic, 0 one that knows the mean only."""
-        means = dict(means)
-        if "values/error" in means:
-            unexplained = means.pop("values/error_square") - means.pop("values/error") ** 2
-            spread = means.pop("returns/square") - means["returns/mean"] ** 2
-            if spread > 0:
-                means["values/explained_variance"] = 1 - unexplained / spread
-        return means
-
-
-def ppo(
-    *,
-    clip_range: float = 0.2,
-    clip_range_value: float = 0.2,
-    vf_coef: float = 0.5,
-    policy: str = "policy",
-    value: str | None = "value",
-) -> Ppo:
-    """PPO on rollouts: extras `old_logprobs`, `advantages`, and with a critic `old_values`, `returns`, float[N] each.
-
-    Advantages are used as they are: the source whitens them over the whole rollout, or not.
-
-    Args:
-        clip_range: of the probability ratio.
-        clip_range_value: of the value's move, in the value's units; 0: no clip.
-        vf_coef: weight of the value loss.
-        policy, value: the roles that train; no value role: no critic.
-    """
-    return Ppo(clip_range, clip_range_value, vf_coef, policy, value)
