@@ -53,8 +53,8 @@ def less_group_mean(values: Tensor, group: Tensor) -> Tensor:
 
 def _over_group(values: Tensor, group: Tensor) -> Tensor:
     """float[R]: at each response, the sum over all responses to its prompt."""
-    size = int(group.max()) + 1 if len(group) else 0
-    return sum_by(values, group, size)[group]
+    groups, index = torch.unique(group, return_inverse=True)
+    return sum_by(values, index, len(groups))[index]
 
 
 def pairs_in_groups(group: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,6 +200,18 @@ def test_kl_penalties_by_hand(estimator: KlEstimator, value: float, slope: float
         assert torch.equal(kl_penalty(logprobs, logs(0.25)), loss)
 
 
+def test_a_corrected_penalty_by_hand() -> None:
+    """p = 0.5, q = 0.25, p_old = 0.4: k3 = ln 2 - 1/2 by the ratio 1.25, whose slope is k3's and the ratio's own."""
+    logprobs = logs(0.5).requires_grad_()
+    loss = kl_penalty(logprobs, logs(0.25), old_logprobs=logs(0.4))
+    assert loss.item() == pytest.approx(1.25 * (math.log(2) - 0.5), abs=1e-12)
+    loss.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == pytest.approx(1.25 * 0.5 + 1.25 * (math.log(2) - 0.5), abs=1e-12)
+    far = kl_penalty(f64(0.0), f64(-1.0), "k1", old_logprobs=f64(-95.0))
+    assert far.item() == pytest.approx(math.exp(20), rel=1e-12)
+
+
 def test_importance_weights_by_hand() -> None:
     old = f64(-1.0, -2.0, -3.0, -1.0).requires_grad_()
     sampler = f64(-1.0, -2.0, -3.0, -1.0) - logs(1.0, 3.0, 0.25, 2.5)

@@ -572,3 +572,8 @@ def test_which_divergence_each_penalty_lowers() -> None:
         loss = (p * losses.kl_penalty(logp, logq, estimator)).sum()
         (got,) = torch.autograd.grad(loss, logits, retain_graph=True)
         assert torch.allclose(got, expected, atol=1e-12)
+    old = tensor([0.3, 0.3, 0.2, 0.2])  # drew the samples: with the correction value and gradient are of KL(p || q)
+    for corrected in (losses.kl_penalty(logp, logq, name, old_logprobs=old.log()) for name in ("k1", "k3")):
+        (got,) = torch.autograd.grad((old * corrected).sum(), logits, retain_graph=True)
+        assert (old * corrected).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-12)
+        assert torch.allclose(got, reverse, atol=1e-12)

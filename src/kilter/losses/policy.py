@@ -112,7 +112,7 @@ def cispo(
     old_logprobs: Tensor,
     advantages: Tensor,
     *,
-    clip_range: float = 1.0,
+    clip_range: float = 1.0,  # same above 1: no ratio is below 0
     clip_range_high: float | None = 4.0,
 ) -> Tensor:
     """The policy gradient with a clipped weight for each token: unlike under `ppo_clip`, none loses its gradient.
@@ -136,7 +136,7 @@ def cispo(
     return -weight * advantages * logprobs
 
 
-def reinforce(logprobs: Tensor, advantages: Tensor) -> Tensor:
+def reinforce(logprobs: Tensor, advantages: Tensor) -> Tensor:  # same if swapped
     """The plain policy gradient: log-probs weighted by what they brought.
 
         loss = -A logprobs
@@ -154,7 +154,9 @@ def reinforce(logprobs: Tensor, advantages: Tensor) -> Tensor:
     return -advantages * logprobs
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator = "k3") -> Tensor:
+def kl_penalty(
+    logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator = "k3", *, old_logprobs: Tensor | None = None
+) -> Tensor:
     """An estimate of the KL to the reference, as a loss. The estimators agree in value, not in gradient.
 
         k1  log p - log q              gradient 1 d log p: expected 0, it holds nothing
@@ -165,13 +167,22 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator = 
     are over the policy's own samples; Tang and Munos 2025, arXiv 2506.09477, on the gradients. k1 belongs into the
     rewards (`rollout.reward.paid_rewards`), where its gradient is that of KL(p || q).
 
+    With `old_logprobs` the estimate is multiplied by the ratio p / p_old, and the gradient goes through that too: k1 and
+    k3 then have the value and the gradient of KL(p || q) in expectation, though an older policy drew the samples
+    (DeepSeek-AI 2025, DeepSeek-V3.2, arXiv 2512.02556, section 3.1). TRL's `use_bias_correction_kl`, which is on there
+    by default, is this where ratios are those of tokens; below `gspo` TRL takes the ratio of the response.
+
     Args:
         logprobs: float[N], under the policy p, with gradient.
         ref_logprobs: float[N], under the reference q; no gradient.
+        old_logprobs: float[N], when the samples were drawn; None: no correction.
     Returns:
         float[N], nats. p = 0.5 and q = 0.25 give 0.6931, 0.2402, 0.1931.
     """
-    return KL_ESTIMATORS[estimator](logprobs, ref_logprobs)
+    estimate = KL_ESTIMATORS[estimator](logprobs, ref_logprobs)
+    if old_logprobs is None:
+        return estimate
+    return estimate * clamp_log_ratio(logprobs - old_logprobs)[0].exp()
 
 
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, *, cap: float = 2.0) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,8 @@ class PolicyGradient:
     kl_coef: float = 0.0
     """Weight of the KL to the reference as a loss; 0: none. PPO and RLOO pay for it in the rewards instead."""
     kl_estimator: KlEstimator = "k3"
+    kl_corrected: bool = False
+    """The estimate is multiplied by the token's ratio, so that its gradient is that of the KL (`losses.kl_penalty`)."""
     weighted: bool = False
     """The policy loss (not the KL) is multiplied by the extra `importance`."""
     clip_range_value: float = 0.2
@@ -184,7 +186,8 @@ class PolicyGradient:
             )
         else:
             ref_logprobs = logprobs.detach()
-        losses = kl_penalty(logprobs, ref_logprobs, self.kl_estimator)
+        old_logprobs = self._extra(batch, "old_logprobs") if self.kl_corrected else None
+        losses = kl_penalty(logprobs, ref_logprobs, self.kl_estimator, old_logprobs=old_logprobs)
         total, unit = self._summed(losses, batch)
         return LossOutput({"kl": (self.kl_coef * total, unit)}, {"policy/ref_kl": mean_of(losses)})
 
