@@ -167,8 +167,8 @@ def kl_penalty(
     are over the policy's own samples; Tang and Munos 2025, arXiv 2506.09477, on the gradients. k1 belongs into the
     rewards (`rollout.reward.paid_rewards`), where its gradient is that of KL(p || q).
 
-    With `old_logprobs` the estimate is multiplied by the ratio p / p_old, and the gradient goes through that too: k1 and
-    k3 then have the value and the gradient of KL(p || q) in expectation, though an older policy drew the samples
+    With `old_logprobs` the estimate is multiplied by the ratio p / p_old, and the gradient goes through that too: k1
+    and k3 then have the value and the gradient of KL(p || q) in expectation, though an older policy drew the samples
     (DeepSeek-AI 2025, DeepSeek-V3.2, arXiv 2512.02556, section 3.1). TRL's `use_bias_correction_kl`, which is on there
     by default, is this where ratios are those of tokens; below `gspo` TRL takes the ratio of the response.
 

@@ -135,11 +135,9 @@ class PolicyGradient:
 
     def _policy(self, logprobs: Tensor, batch: Batch) -> LossOutput:
         old_logprobs, advantages = self._extra(batch, "old_logprobs"), self._extra(batch, "advantages")
-        clip = (
-            _Clip()
-            if self.clip_range is None
-            else _Clip(clip_range=self.clip_range, clip_range_high=self.clip_range_high)
-        )
+        clip: _Clip = {}
+        if self.clip_range is not None:
+            clip = {"clip_range": self.clip_range, "clip_range_high": self.clip_range_high}
         losses = self._losses(logprobs, old_logprobs, advantages, batch, clip)
         with torch.no_grad():
             log_ratio, num_clamped = clamp_log_ratio(logprobs - old_logprobs)
@@ -151,7 +149,8 @@ class PolicyGradient:
                 "advantages/mean": mean_of(advantages),
             }
             if self.loss != "reinforce":
-                free = self._losses(logprobs, old_logprobs, advantages, batch, _Clip(clip_range=math.inf))
+                wide: _Clip = {"clip_range": math.inf, "clip_range_high": math.inf}
+                free = self._losses(logprobs, old_logprobs, advantages, batch, wide)
                 metrics["policy/clip_fraction"] = mean_of(losses != free)
         if self.weighted:
             weights = self._extra(batch, "importance")
