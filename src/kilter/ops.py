@@ -180,8 +180,8 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
 
         A_r = reward_r - (sum of its group - reward_r) / (k - 1)  =  (reward_r - mean of its group) k / (k - 1)
 
-    RLOO: Ahmadian et al. 2024, arXiv 2402.14740; k is the size of the group. Worked out in float64, so
-    that equal rewards differ by nothing.
+    RLOO: Ahmadian et al. 2024, arXiv 2402.14740; k is the size of the group. Worked out in float64, so that equal
+    rewards differ by nothing.
 
     Args:
         rewards: float[R].
@@ -200,8 +200,8 @@ def reinforce_plus_plus(rewards: Tensor, leaf: Tensor) -> Tensor:
         G_n = r_n + r_{n+1} + ... up to the response's end            A_n = (G_n - mean G) / sd G
 
     REINFORCE++: Hu et al. 2025, arXiv 2501.03262; G is `gae` with values 0 and gamma = lambda = 1, the mean and the
-    standard deviation (`whiten`) are over all tokens given. For its form with a baseline pay
-    `less_group_mean(scores, group)` at the last tokens instead of the scores.
+    standard deviation (`whiten`) are over all tokens given, in float64, so that equal returns differ by nothing. For
+    its form with a baseline pay `less_group_mean(scores, group)` at the last tokens instead of the scores.
 
     Args:
         rewards: float[N], paid for each scored token, of all responses of a step.
@@ -210,7 +210,7 @@ def reinforce_plus_plus(rewards: Tensor, leaf: Tensor) -> Tensor:
         float[N]. Two responses of one token paid 1 and 3 give -1, 1.
     """
     returns, _ = gae(rewards, torch.zeros_like(rewards), leaf, gae_lambda=1.0)
-    return whiten(returns)
+    return whiten(returns.double()).to(rewards.dtype)
 
 
 def gae(

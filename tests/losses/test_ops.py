@@ -250,3 +250,6 @@ def test_reinforce_plus_plus_with_a_baseline() -> None:
 def test_one_token_and_equal_rewards_teach_nothing() -> None:
     assert ops.reinforce_plus_plus(f64(3.0), torch.tensor([0])).tolist() == [0.0]
     assert ops.reinforce_plus_plus(f64(0.0, 2.0, 2.0), torch.tensor([0, 0, 1])).tolist() == [0.0, 0.0, 0.0]
+    equal = ops.reinforce_plus_plus(torch.full((7,), 1000.1), torch.arange(7))  # 1000.1 is no float32
+    assert equal.dtype == torch.float32
+    assert equal.tolist() == pytest.approx([0.0] * 7, abs=1e-6)

@@ -43,7 +43,7 @@ def test_what_a_user_gets_wrong_is_named() -> None:
 
 def test_defaults_and_who_trains() -> None:
     by_hand = policy.PolicyGradient(clip_range=0.2, clip_range_value=0.2, vf_coef=0.5, policy="policy", value="value")
-    assert policy.ppo() == by_hand
+    assert policy.ppo() == by_hand == policy.policy_gradient(clip_range=0.2, value="value")
     assert policy.ppo().roles == ("policy", "value")
     assert policy.ppo(value=None).roles == objectives.sft().roles == ("policy",)
 
