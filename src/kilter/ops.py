@@ -194,6 +194,22 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
     return (less_group_mean(exact, group) * size / (size - 1).clamp(min=1)).to(rewards.dtype)
 
 
+def best_of_group(rewards: Tensor, group: Tensor) -> Tensor:
+    """1 at the best response to each prompt, 0 at the others; of equals the first is best.
+
+    Args:
+        rewards: float[R]. group: int[R], the prompt that each response answers.
+    Returns:
+        float[R]. Rewards 0, 2, 2, 1 of prompts 0, 0, 0, 1 give 0, 1, 0, 1.
+    """
+    order = torch.argsort(rewards, descending=True, stable=True)
+    groups, index = torch.unique(group[order], return_inverse=True)
+    first = torch.full_like(groups, len(group)).scatter_reduce(
+        0, index, torch.arange(len(group), device=group.device), "amin"
+    )
+    return torch.zeros_like(rewards).index_fill(0, order[first], 1.0)
+
+
 def reinforce_plus_plus(rewards: Tensor, leaf: Tensor) -> Tensor:
     """What is still to come of a response's rewards, on one scale for the whole step.
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 import transformers
 
-from kilter.config import PpoConfig
+from kilter.config import PolicyConfig
 from kilter.models.generation import NativeSampler
 from kilter.models.heads import ScalarHead
 from kilter.models.roles import Lora, Role, add_adapter
 from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Conversation, Message, Prompt, Sample, Score
-from kilter.rollout import PPOSource
+from kilter.rollout import PolicySource
 
 VOCAB, END, LIKED = 16, 2, 5
 
@@ -106,23 +106,23 @@ def likes_one_word() -> type[LikesOneWord]:
 
 
 @pytest.fixture
-def make_source(encoder: TinyEncoder) -> Callable[..., PPOSource]:
+def make_source(encoder: TinyEncoder) -> Callable[..., PolicySource]:
     """A source of 8 prompts x 2 samples in two minibatches and two epochs; `ppo` are changes of its config."""
 
-    def make(trunk: Trunk, *, seed: int = 0, ppo: dict[str, Any] | None = None, **changes: Any) -> PPOSource:
+    def make(trunk: Trunk, *, seed: int = 0, ppo: dict[str, Any] | None = None, **changes: Any) -> PolicySource:
         given: dict[str, Any] = {
             "encoder": encoder,
             "prompts": some_prompts(),
             "scorer": LikesOneWord(),
             "sampler": NativeSampler(trunk, "policy"),
             "sampling": Sampling(max_new_tokens=8),
-            "config": PpoConfig(**(PLAIN | (ppo or {}))),
+            "config": PolicyConfig(**(PLAIN | (ppo or {}))),
             "prompts_per_rollout": 8,
             "num_samples": 2,
             "row_tokens": 40,
             "batch_tokens": 160,
             "generator": torch.Generator().manual_seed(seed),
         }
-        return PPOSource(trunk, **(given | changes))
+        return PolicySource(trunk, **(given | changes))
 
     return make

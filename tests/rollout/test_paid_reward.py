@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kilter.config import PpoConfig
+from kilter.config import PolicyConfig
 from kilter.errors import CheckError
 from kilter.models.trunk import Trunk
-from kilter.rollout import PPOSource, experience
+from kilter.rollout import PolicySource, experience
 from kilter.rollout.experience import Measured, pay
 from kilter.rollout.reward import KlController, RunningNorm, paid_rewards
 
@@ -62,7 +62,7 @@ def test_adaptive_controller_by_hand(kl: float, factor: float) -> None:
 def two_answers(**ppo: object) -> list[float]:
     """Answers of two tokens with scores 3 and 1, the second cut off, no KL; what each is paid."""
     measured = Measured(torch.tensor([0, 0, 1, 1]), *torch.zeros(3, 4))
-    config = PpoConfig.model_validate(ppo)
+    config = PolicyConfig.model_validate(ppo)
     paid = pay([3.0, 1.0], [True, False], measured, norm=RunningNorm(), kl_coef=0.5, config=config)
     assert paid.rewards[[0, 2]].tolist() == [0.0, 0.0]
     torch.testing.assert_close(paid.rewards[[1, 3]], paid.scores)
@@ -81,7 +81,7 @@ def test_what_happens_to_a_score_can_be_switched_off() -> None:
 def test_either_sign_turned_round_is_refused_before_any_rollout(
     sign: tuple[float, float],
     message: str,
-    make_source: Callable[..., PPOSource],
+    make_source: Callable[..., PolicySource],
     make_trunk: Callable[..., Trunk],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

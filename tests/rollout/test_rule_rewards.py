@@ -15,7 +15,7 @@ from kilter.models.generation import NativeSampler
 from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt
-from kilter.rollout import PPOSource, best_of_n
+from kilter.rollout import PolicySource, best_of_n
 from kilter.rollout.pairs import PairSource
 from kilter.scorers import load_rules
 from kilter.train.loop import TrainState, fit
@@ -46,7 +46,7 @@ def trained(trunk: Trunk, objective: Any, source: Any, steps: int, learning_rate
 
 
 def test_ppo_raises_what_the_sheet_pays(
-    make_source: Callable[..., PPOSource], make_trunk: Callable[..., Trunk], asked: list[Prompt]
+    make_source: Callable[..., PolicySource], make_trunk: Callable[..., Trunk], asked: list[Prompt]
 ) -> None:
     trunk = make_trunk()
     sheet = load_rules(SHEET)
@@ -80,7 +80,7 @@ def test_online_dpo_raises_what_the_sheet_pays(
 
 
 def test_without_truth_nothing_is_scored_and_nothing_is_learned(
-    make_source: Callable[..., PPOSource], make_trunk: Callable[..., Trunk]
+    make_source: Callable[..., PolicySource], make_trunk: Callable[..., Trunk]
 ) -> None:
     with pytest.raises(CheckError, match="scored answers to only 0 of 8 prompts"):
         make_source(make_trunk(), scorer=load_rules(SHEET)).next_step()

@@ -61,10 +61,10 @@ def recipe(**changes: Any) -> dict[str, Any]:
             "probe": {"prompts": 8, "max_new_tokens": 12},
             "optim": OPTIM,
         },
-        "ppo": {**RL, "ppo": {"kl_coef": 0.1}},
+        "ppo": {**RL, "policy": {"kl_coef": 0.1}},
         "ppo_without_kl": {
             **RL,
-            "ppo": {"kl_coef": 0.0, "kl_controller": "fixed"},
+            "policy": {"kl_coef": 0.0, "kl_controller": "fixed"},
             "stop_below": 0.01,
             "stop_measure": "kilter.world:is_sentences",
         },

@@ -116,7 +116,7 @@ def test_who_is_paid_by_several_heads_may_say_how_they_are_combined(
     tmp_path: Path, judgements: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = {"path": "kilter.world:prompts", "options": {"split": "train", "per_kind": 1}}
-    rl = {**small.RL, "model": BASE, "rollouts": 1, "prompts": prompts, "ppo": {"kl_coef": 0.1}}
+    rl = {**small.RL, "model": BASE, "rollouts": 1, "prompts": prompts, "policy": {"kl_coef": 0.1}}
     combine = {"how": "mean_minus_variance", "variance_coef": 5.0}
     out = run(
         tmp_path / "run",

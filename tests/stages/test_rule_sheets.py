@@ -92,6 +92,22 @@ def test_a_sheet_pays_in_every_stage_that_takes_a_reward(sheet: Path, prompts: P
     assert (answer["proxy_reward"] >= 1) == said
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_answers_to_one_prompt_are_compared_without_a_critic(
+    algorithm: str, sheet: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = rl(sheet, prompts, algorithm=algorithm, num_samples=4, policy={"kl_coef": 0.1})
+    run = kilter.align({"stages": {"a": stage}}, out=tmp_path / "run")
+    rows = read_jsonl(run.path / "stages" / "01-a" / "metrics.jsonl")
+    assert {row["rollout/samples"] for row in rows if "rollout/samples" in row} == {4.0 * stage["prompts_per_rollout"]}
+    assert not any("values/mean" in row for row in rows)
+    assert any("policy/ref_kl" in row for row in rows) == (algorithm == "grpo")
+    capsys.readouterr()
+    words = ["--model", str(BASE), "--reward", str(sheet), "--prompts", str(prompts), "--out", str(tmp_path / "dry")]
+    assert main(["rl", "--algorithm", algorithm, *words, "--dry-run"]) == 0
+    assert "three models: policy, reference, reward" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("make", [rl, online])
 def test_a_wrong_sheet_is_refused_before_any_work(make: Any, sheet: Path, prompts: Path, tmp_path: Path) -> None:
     sheet.write_text(SHEET.replace("longest: 4", "longest: 4, rump: 3"))

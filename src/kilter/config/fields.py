@@ -282,8 +282,8 @@ class Probe(Model):
     """Plain text (`kind: document` rows) whose loss should not rise. Default: the words of those prompts."""
 
 
-class PpoConfig(Model):
-    """PPO's numbers (Schulman et al. 2017; Ziegler et al. 2019; Stiennon et al. 2020)."""
+class PolicyConfig(Model):
+    """The numbers of reinforcement learning. None given: as the algorithm has it (`kilter.rollout.algorithms`)."""
 
     usual: ClassVar[Mapping[str, tuple[float, float]]] = {
         "kl_coef": (0.005, 0.5),
@@ -294,13 +294,24 @@ class PpoConfig(Model):
     }
 
     kl_coef: Annotated[float, Field(ge=0)] = 0.05
-    """Reward paid away per nat of log-ratio to the reference; 0 takes the brake off."""
-    kl_controller: Literal["fixed", "adaptive"] = "adaptive"
-    """`adaptive` steers `kl_coef` to keep the KL near `kl_target` (Ziegler et al. 2019)."""
+    """Price of a nat of log-ratio to the reference, in units of the score; 0 takes the brake off."""
+    kl_in: Literal["reward", "loss"] | None = None
+    """Where it is paid: away from each token's reward, or as a term of the loss."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """What estimates the KL in the loss (Schulman 2020); k1 there holds nothing."""
+    kl_controller: Literal["fixed", "adaptive"] | None = None
+    """`adaptive` steers `kl_coef` to keep the KL near `kl_target` (Ziegler et al. 2019); of a price in the reward it is
+    the default."""
     kl_target: Annotated[float, Field(gt=0)] = 6.0
     """KL from the reference to steer to, nats a response."""
-    clip_range: Annotated[float, Field(gt=0)] = 0.2
+    loss: Literal["ppo_clip", "gspo", "response_clip", "cispo", "reinforce"] | None = None
+    """How a token's worth moves the policy (`kilter.losses.policy`)."""
+    aggregate: Literal["token", "sequence", "constant"] | None = None
+    """Who counts alike: every token, every response, or every response whatever its length."""
+    clip_range: Annotated[float, Field(gt=0)] | None = None
     """Clip the probability ratio to 1 +- this."""
+    clip_range_high: Annotated[float, Field(gt=0)] | None = None
+    """Clip it to 1 + this above; none given: as below."""
     clip_range_value: Annotated[float, Field(ge=0)] = 0.2
     """Clip the value's move to this; 0: no clip."""
     vf_coef: Annotated[float, Field(ge=0)] = 0.5
@@ -309,8 +320,8 @@ class PpoConfig(Model):
     """Discount a token."""
     gae_lambda: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Bias against variance of the advantages (Schulman et al. 2016)."""
-    whiten_advantages: bool = True
-    """Scale the advantages of a rollout to mean 0 and variance 1."""
+    whiten_advantages: bool | None = None
+    """Scale the advantages of a rollout to mean 0 and variance 1; with a critic the default."""
     normalize_reward: bool = True
     """Divide scores by their running standard deviation and take their running mean away."""
     reward_clip: Annotated[float, Field(ge=0)] = 5.0

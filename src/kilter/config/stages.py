@@ -16,8 +16,8 @@ from kilter.config.fields import (
     Model,
     Name,
     Optim,
+    PolicyConfig,
     Possible,
-    PpoConfig,
     Precision,
     Probe,
     Required,
@@ -243,8 +243,8 @@ class RlStage(Stage):
     """Reinforcement learning from a reward."""
 
     stage: Literal["rl"] = "rl"
-    algorithm: Literal["ppo"] = "ppo"
-    """Which algorithm."""
+    algorithm: Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "raft"] = "ppo"
+    """Which algorithm. ppo has a critic; all others but reinforce++ compare the responses to one prompt."""
     model: str
     """Policy to start from; it is also the reference."""
     reward: str
@@ -264,10 +264,10 @@ class RlStage(Stage):
     """How many times the policy is sampled."""
     prompts_per_rollout: Annotated[int, Field(gt=0)] = 64
     """Prompts sampled each time."""
-    num_samples: Annotated[int, Field(gt=0)] = 1
-    """Responses to each of them."""
+    num_samples: Annotated[int, Field(gt=0)] | None = None
+    """Responses to each of them; none given: 1 for ppo and reinforce++, else 8."""
     sampling: SamplingConfig = SamplingConfig()
-    ppo: PpoConfig = PpoConfig()
+    policy: PolicyConfig = PolicyConfig()
     snapshots: Annotated[int, Field(ge=0)] = 0
     """Keep so many policies along the way, evenly spaced, for the picture of reward against KL."""
     stop_below: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -279,6 +279,22 @@ class RlStage(Stage):
     optim: Optim = Optim(learning_rate=1e-6)
     lora: Lora = Lora()
     precision: Precision = Precision()
+
+    @property
+    def compares(self) -> bool:
+        """The algorithm learns from the differences between responses to one prompt."""
+        return self.algorithm not in ("ppo", "reinforce++")
+
+    @property
+    def samples(self) -> int:
+        """Responses to each prompt."""
+        return self.num_samples or (8 if self.compares else 1)
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.compares and self.samples < 2:
+            raise ValueError(f"{self.algorithm} compares responses to one prompt: num_samples must be at least 2")
+        return self
 
 
 class BestOfNStage(Stage):

@@ -2,12 +2,12 @@
 
 from kilter.rollout.best_of_n import BestOfN, CurvePoint, best_of_n, best_of_n_curve, best_of_n_kl
 from kilter.rollout.collect import Rollout, collect, score_rollouts
-from kilter.rollout.ppo import PPOSource
+from kilter.rollout.policy import PolicySource
 
 __all__ = [
     "BestOfN",
     "CurvePoint",
-    "PPOSource",
+    "PolicySource",
     "Rollout",
     "best_of_n",
     "best_of_n_curve",

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from kilter import ops
-from kilter.config import PpoConfig
+from kilter.config import PolicyConfig
+from kilter.rollout.algorithms import Credit, Paid
 from kilter.rollout.collect import Rollout
 from kilter.rollout.reward import RunningNorm, paid_rewards
 from kilter.tree import Batch, Group, Response, split_by_response
 
 ASK = {"policy": "logprobs", "reference": "logprobs", "value": "values"}
-TRAINED_ON = ("old_logprobs", "old_values", "advantages", "returns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +25,19 @@ class Measured:
     leaf: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
+    """None: there is no critic."""
 
 
-def measure(trunk: nn.Module, batches: Sequence[Batch], num_responses: int, device: torch.device) -> Measured:
+def measure(
+    trunk: nn.Module, batches: Sequence[Batch], num_responses: int, device: torch.device, *, critic: bool = True
+) -> Measured:
     """Runs policy, reference and value over `batches`, whose responses carry their number as `response`."""
-    found: dict[str, list[Tensor]] = {role: [torch.empty(0)] * num_responses for role in ASK}
+    ask = {role: want for role, want in ASK.items() if critic or want != "values"}
+    found: dict[str, list[Tensor]] = {role: [torch.empty(0)] * num_responses for role in ask}
     with torch.no_grad():
         for batch in batches:
-            answers = trunk(batch.tree.to(device), ASK)
+            answers = trunk(batch.tree.to(device), ask)
             places = batch.extras["response"].to(torch.int64).tolist()
             for role, values in answers.items():
                 for place, part in zip(
@@ -45,7 +49,7 @@ def measure(trunk: nn.Module, batches: Sequence[Batch], num_responses: int, devi
         leaf=torch.repeat_interleave(torch.arange(num_responses), counts),
         logprobs=torch.cat(found["policy"]),
         ref_logprobs=torch.cat(found["reference"]),
-        values=torch.cat(found["value"]),
+        values=torch.cat(found["value"]) if critic else None,
     )
 
 
@@ -64,7 +68,7 @@ def pay(
     *,
     norm: RunningNorm,
     kl_coef: float,
-    config: PpoConfig,
+    config: PolicyConfig,
 ) -> Pay:
     """From scores to rewards. The penalty for a cut answer comes after the normalisation, so it has its unit.
 
@@ -82,32 +86,37 @@ def pay(
     return Pay(paid, rewards)
 
 
-@dataclass(frozen=True, slots=True)
-class Credit:
-    """Per sampled token, [N]."""
-
-    advantages: Tensor
-    returns: Tensor
-
-
-def credit(rewards: Tensor, measured: Measured, config: PpoConfig) -> Credit:
-    """By GAE over the whole rollout, advantages (then whitened if so configured) and returns (never)."""
-    advantages, returns = ops.gae(
-        rewards, measured.values, measured.leaf, gamma=config.gamma, gae_lambda=config.gae_lambda
-    )
-    return Credit(ops.whiten(advantages) if config.whiten_advantages else advantages, returns)
+def credit(
+    how: Callable[[Paid, PolicyConfig], Credit],
+    rewards: Tensor,
+    measured: Measured,
+    group: Tensor,
+    config: PolicyConfig,
+) -> Credit:
+    """Advantages over the whole rollout, then whitened if so configured, and a critic's returns, which never are."""
+    advantages, returns = how(Paid(rewards, measured.leaf, group, measured.values), config)
+    return ops.whiten(advantages) if config.whiten_advantages else advantages, returns
 
 
-def with_credit(groups: Sequence[Group], measured: Measured, credited: Credit) -> list[Group]:
-    """The groups with what PPO's objective reads on every response."""
-    columns = (measured.logprobs, measured.values, credited.advantages, credited.returns)
-    parts = [split_by_response(column, measured.leaf, int(measured.leaf[-1]) + 1) for column in columns]
+def with_credit(groups: Sequence[Group], measured: Measured, credited: Credit, *, reference: bool) -> list[Group]:
+    """The groups with what the objective reads on every response; `reference`: also the reference's log-probs."""
+    advantages, returns = credited
+    columns: dict[str, Tensor | None] = {
+        "old_logprobs": measured.logprobs,
+        "old_values": measured.values,
+        "advantages": advantages,
+        "returns": returns,
+        "ref_logprobs": measured.ref_logprobs if reference else None,
+    }
+    there = {name: column for name, column in columns.items() if column is not None}
+    size = int(measured.leaf[-1]) + 1
+    parts = [split_by_response(column, measured.leaf, size) for column in there.values()]
     rows = iter(zip(*parts, strict=True))
     return [
         replace(
             group,
             responses=tuple(
-                Response(response.ids, per_token=dict(zip(TRAINED_ON, next(rows), strict=True)))
+                Response(response.ids, per_token=dict(zip(there, next(rows), strict=True)))
                 for response in group.responses
             ),
         )
@@ -140,10 +149,9 @@ def figures(
         found[name] = float(mean)
         if num_responses > 1:
             found[f"{name}_sem"] = float(sem)
-    residual = credited.returns - measured.values
-    spread = float(credited.returns.var(correction=0))
-    if spread > 0:
-        found["value_explained"] = 1 - float(residual.var(correction=0)) / spread
+    _, returns = credited
+    if returns is not None and measured.values is not None and (spread := float(returns.var(correction=0))) > 0:
+        found["value_explained"] = 1 - float((returns - measured.values).var(correction=0)) / spread
     found["truncated"] = sum(not rollout.completion.finished for rollout in rollouts) / num_responses
     found["entropy"] = -float(measured.logprobs.mean())  # nats a token, from the samples
     found["distinct"] = len({rollout.text for rollout in rollouts}) / num_responses

@@ -9,6 +9,7 @@ from kilter.config import OnlineStage, PreferStage, Recipe, RewardStage, RlStage
 from kilter.errors import KilterError
 from kilter.models.load import load_config, load_tokenizer
 from kilter.report.needs import GIB, TRAINED_BYTES, Shape, memory
+from kilter.rollout.algorithms import ALGORITHMS
 from kilter.rundir import RunDir
 from kilter.stages import rewards
 from kilter.stages.context import Context
@@ -65,6 +66,10 @@ def _resident(stage: Trains) -> tuple[str, int, int]:
     Of a preference loss, as many as it asks for.
     """
     lora = bool(stage.lora.rank)
+    if isinstance(stage, RlStage) and not ALGORITHMS[stage.algorithm].critic:
+        if lora:
+            return "two models: policy and reference on one, reward", 1, 2
+        return "three models: policy, reference, reward", 1, 2
     if isinstance(stage, RlStage):
         if lora:
             return "three models: policy and reference on one, value, reward", 2, 3

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kilter import data
 from kilter.config import OnlineStage, RlStage
-from kilter.models.build import ppo_trunk
+from kilter.models.build import policy_trunk, ppo_trunk
 from kilter.models.generation import NativeSampler
 from kilter.models.save import save_causal_lm
 from kilter.records import PreferencePair, Prompt, Scorer, prompt_id
+from kilter.rollout.algorithms import ALGORITHMS
 from kilter.rollout.collect import Rollout
-from kilter.rollout.ppo import PPOSource
+from kilter.rollout.policy import PolicySource
 from kilter.rollout.reward import paid_rewards
 from kilter.rollout.source import Verdict
 from kilter.scorers.check import check_scorer
@@ -27,28 +28,27 @@ from kilter.stages.scoring import is_model, reward_of, scorer_of
 from kilter.stages.snapshots import Snapshots, snapshot_places
 from kilter.stages.training import Equipment, check_trunk, compute_dtype, equip, lora_of, train
 from kilter.train.checks import check_signs, require
-from kilter.train.policy import ppo
 from kilter.tree import Group, Response
 
 
 def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
-    """PPO; the model at the start is the reference."""
+    """Policy gradients; the model at the start is the reference."""
+    algorithm = ALGORITHMS[stage.algorithm]
+    numbers = algorithm.resolved(stage.algorithm, stage.policy)
+    objective = algorithm.objective(numbers, longest=stage.sampling.max_new_tokens)
     equipment = equip(context, stage.model)
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
     reward = reward_of(context, stage.reward)
     audited = check_audit(context, stage, reward)
     dtype = compute_dtype(stage.precision)
     scorer = scorer_of(reward, combine=stage.combine, dtype=dtype)
-    numbers = stage.ppo
     value_from = reward if numbers.value_from_reward and is_model(reward) else None
-    trunk = ppo_trunk(
-        equipment.folder,
-        value_from,
-        lora=lora_of(stage.lora),
-        generator=context.generator("adapters"),
-        compute_dtype=dtype,
-    )
-    objective = ppo(clip_range=numbers.clip_range, clip_range_value=numbers.clip_range_value, vf_coef=numbers.vf_coef)
+    held: dict[str, Any] = {"lora": lora_of(stage.lora), "generator": context.generator("adapters")}
+    held["compute_dtype"] = dtype
+    if algorithm.critic:
+        trunk = ppo_trunk(equipment.folder, value_from, **held)
+    else:
+        trunk = policy_trunk(equipment.folder, reference=True, **held)
     trunk.train_only(*objective.roles)
     require(*check_signs(partial(paid_rewards, kl_coef=numbers.kl_coef), kl_penalty=numbers.kl_coef > 0))
     accuracy = check_reward(context, stage, scorer, prompts)
@@ -57,7 +57,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     if stage.stop_below:
         measure = context.function("stop_measure", stage.stop_measure)
         last_good = LastGood(trunk.parameters_of("policy"), measure, stage)
-    source = PPOSource(
+    source = PolicySource(
         trunk,
         equipment.encoder,
         prompts,
@@ -65,8 +65,9 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         sampler=NativeSampler(trunk, "policy", batch_size=stage.sampling.batch_size),
         sampling=sampling_of(stage.sampling),
         config=numbers,
+        algorithm=stage.algorithm,
         prompts_per_rollout=stage.prompts_per_rollout,
-        num_samples=stage.num_samples,
+        num_samples=stage.samples,
         generator=context.generator("rollouts"),
         row_tokens=stage.optim.row_tokens,
         batch_tokens=stage.optim.batch_tokens,

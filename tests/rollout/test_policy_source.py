@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from kilter.config import PpoConfig
+from kilter.config import PolicyConfig
 from kilter.errors import CheckError, ConfigError, DataError
 from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Message, Prompt, Sample, Score
-from kilter.rollout import PPOSource, Rollout
+from kilter.rollout import PolicySource, Rollout
 from kilter.rollout.source import Verdict
 from kilter.train.checkpoint import CheckpointStore
 from kilter.train.loop import TrainState, fit, train_step
@@ -38,7 +38,7 @@ def train_state(trunk: Trunk, learning_rate: float = 5e-3) -> TrainState:
     return TrainState(trunk, make_optimizer(trunk, OBJECTIVE.roles, learning_rate=learning_rate))
 
 
-def train(trunk: Trunk, source: PPOSource, steps: int, learning_rate: float = 5e-3) -> list[dict[str, float]]:
+def train(trunk: Trunk, source: PolicySource, steps: int, learning_rate: float = 5e-3) -> list[dict[str, float]]:
     """The rollout's figures at every step."""
     state, seen = train_state(trunk, learning_rate), []
     for _ in range(steps):
@@ -270,7 +270,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(make_trunk: Make
 
 
 def test_what_makes_the_ratio_meaningless_is_refused(make_trunk: Make, make_source: Make) -> None:
-    for sampling in (Sampling(temperature=0.7), Sampling(top_k=5), Sampling(top_p=0.9)):
+    for sampling in (
+        Sampling(temperature=0.7),
+        Sampling(top_k=5),
+        Sampling(top_p=0.9),
+        Sampling(min_p=0.1),
+        Sampling(repetition_penalty=1.2),
+    ):
         with pytest.raises(ConfigError, match="set temperature 1, top_k 0, top_p 1"):
             make_source(make_trunk(), sampling=sampling)
     with pytest.raises(ConfigError, match=r"prompts_per_rollout is 1 and ppo\.minibatches is 2"):
@@ -369,4 +375,4 @@ def test_a_judge_that_puts_another_policy_in_place_has_its_answers_drawn(make_tr
 
 
 def test_the_default_config_runs(make_trunk: Make, make_source: Make) -> None:
-    assert train(make_trunk(), make_source(make_trunk(), config=PpoConfig()), 1)
+    assert train(make_trunk(), make_source(make_trunk(), config=PolicyConfig()), 1)

@@ -1,4 +1,4 @@
-"""PPO as a source of batches: it credits every token of a rollout, and hands out minibatches."""
+"""Policy gradients as a source of batches: every token of a rollout is credited, and handed out in minibatches."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from kilter.config import PpoConfig
+from kilter.config import PolicyConfig
 from kilter.data.chat import ChatEncoder
 from kilter.errors import CheckError, ConfigError
 from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Scorer
+from kilter.rollout.algorithms import ALGORITHMS, grouped
 from kilter.rollout.experience import ASK, Measured, credit, figures, measure, pay, sampler_gap, with_credit
 from kilter.rollout.reward import KlController, RunningNorm
 from kilter.rollout.source import Drawing, RolloutSource, Scored
@@ -26,19 +27,20 @@ float32. A wrong mask, dropout or temperature differs by tenths and more."""
 LOW_PRECISION_GAP_LIMIT = 1.0
 
 
-class PPOSource(RolloutSource):
+class PolicySource(RolloutSource):
     """A rollout's answers with advantages, returns, old log-probs and old values, all fixed when it is drawn.
 
-    The trunk has the roles "policy", "reference" and "value", held in whatever way. The first step's probability ratios
-    are exactly 1, because the old log-probs come from the same packed batches.
+    The trunk has the roles "policy", "reference" and, for a critic, "value", held in whatever way. The first step's
+    probability ratios are exactly 1, because the old log-probs come from the same packed batches.
 
     Args:
         scorer: what pays.
-        sampling: temperature 1, no top-k, no top-p: PPO's ratio is one of the policy's own probabilities.
-        config: PPO's numbers.
+        sampling: the policy's own distribution: ratios are of its own probabilities.
+        config: its numbers, resolved (`Algorithm.resolved`).
+        algorithm: a name in `ALGORITHMS`.
         drawing: see `RolloutSource`.
     Raises:
-        ConfigError: a number that PPO cannot work with. DataError: no prompt fits into the model.
+        ConfigError: a number that the algorithm cannot work with. DataError: no prompt fits into the model.
     """
 
     def __init__(
@@ -48,23 +50,38 @@ class PPOSource(RolloutSource):
         prompts: Sequence[Prompt],
         scorer: Scorer,
         *,
-        config: PpoConfig,
+        config: PolicyConfig,
+        algorithm: str = "ppo",
         **drawing: Unpack[Drawing],
     ) -> None:
-        _check(trunk, drawing["sampling"], config, drawing["prompts_per_rollout"])
+        self._algorithm = ALGORITHMS[algorithm]
+        self.config = config = self._algorithm.resolved(algorithm, config)
+        reads = [role for role in ASK if self._algorithm.critic or role != "value"]
+        _check(algorithm, trunk, reads, drawing["sampling"], config, drawing["prompts_per_rollout"])
         super().__init__(
-            trunk, encoder, prompts, scorer, epochs=config.epochs, minibatches=config.minibatches, reads=ASK, **drawing
+            trunk,
+            encoder,
+            prompts,
+            scorer,
+            epochs=config.epochs,
+            minibatches=config.minibatches,
+            reads=reads,
+            **drawing,
         )
-        self._config = config
         adaptive = config.kl_controller == "adaptive"
         self.controller = KlController(config.kl_coef, config.kl_target if adaptive else None)
         self.norm = RunningNorm()
-        require(*check_signs(self._paid, kl_penalty=config.kl_coef > 0))
+        require(*check_signs(self._paid, kl_penalty=self._price > 0))
+
+    @property
+    def _price(self) -> float:
+        """Of a nat of KL, paid away from the rewards."""
+        return self.controller.kl_coef if self.config.kl_in == "reward" else 0.0
 
     def _learn(self, answers: Scored) -> None:
         """Credits the scored answers and lays out the steps of the rollout."""
         remedy = "read the reasons it gives for the others"
-        if few := self._too_few(len(answers), "scored answers to", "ppo.minibatches", remedy):
+        if few := self._too_few(len(answers), "scored answers to", "policy.minibatches", remedy):
             raise CheckError(few)
         rollouts = [rollout for group in answers for rollout, _ in group]
         scores = [score for group in answers for _, score in group]
@@ -83,7 +100,8 @@ class PPOSource(RolloutSource):
         first_epoch = [self._packed([groups[at] for at in step]) for step in steps[: self._minibatches]]
         device = next(self._trunk.parameters()).device
         self._trunk.train()  # as the loop runs it, so that dropout shows in the checks
-        measured = measure(self._trunk, [batch for step in first_epoch for batch in step], len(rollouts), device)
+        batches = [batch for step in first_epoch for batch in step]
+        measured = measure(self._trunk, batches, len(rollouts), device, critic=self._algorithm.critic)
         gap = sampler_gap(rollouts, measured)
         self._check_gap(gap)
         kl_coef = self.controller.kl_coef
@@ -92,11 +110,13 @@ class PPOSource(RolloutSource):
             [rollout.completion.finished for rollout in rollouts],
             measured,
             norm=self.norm,
-            kl_coef=kl_coef,
-            config=self._config,
+            kl_coef=self._price,
+            config=self.config,
         )
-        credited = credit(paid.rewards, measured, self._config)
-        self._lay_out(with_credit(groups, measured, credited), steps)
+        group = grouped([len(group.responses) for group in groups])
+        credited = credit(self._algorithm.credit, paid.rewards, measured, group, self.config)
+        in_loss = self.config.kl_in == "loss" and kl_coef > 0
+        self._lay_out(with_credit(groups, measured, credited, reference=in_loss), steps)
         if not self.num_rollouts:  # old log-probs come from this very batch, so that the ratio is 1 to the last bit
             first_step = self._packed([self._groups[at] for at in steps[0]])
             require(check_first_ratio(self._trunk, first_step, tolerance=1e-6))
@@ -107,9 +127,10 @@ class PPOSource(RolloutSource):
 
     def _paid(self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, leaf: Tensor) -> Tensor:
         """What two made-up answers would be paid at the start, for the check of signs."""
-        made_up = Measured(leaf, logprobs, ref_logprobs, values=torch.zeros_like(logprobs))
-        finished, kl_coef = [True] * len(scores), self.controller.kl_coef
-        return pay(scores.tolist(), finished, made_up, norm=RunningNorm(), kl_coef=kl_coef, config=self._config).rewards
+        made_up = Measured(leaf, logprobs, ref_logprobs, values=None)
+        finished = [True] * len(scores)
+        norm, price = RunningNorm(), self._price
+        return pay(scores.tolist(), finished, made_up, norm=norm, kl_coef=price, config=self.config).rewards
 
     def _check_gap(self, gap: float) -> None:
         """Sampler and trainer must compute the same model."""
@@ -132,20 +153,28 @@ class PPOSource(RolloutSource):
         self.norm.load_state_dict(state["norm"])
 
 
-def _check(trunk: Trunk, sampling: Sampling, config: PpoConfig, prompts_per_rollout: int) -> None:
-    for role in ASK:
+def _check(
+    name: str,
+    trunk: Trunk,
+    reads: Sequence[str],
+    sampling: Sampling,
+    config: PolicyConfig,
+    prompts_per_rollout: int,
+) -> None:
+    for role in reads:
         if role not in trunk.roles:
             raise ConfigError(
-                f"PPO needs the roles {', '.join(ASK)}; the trunk has {', '.join(sorted(trunk.roles))}: build it with "
-                f"a role {role!r}"
+                f"{name} needs the roles {', '.join(reads)}; the trunk has {', '.join(sorted(trunk.roles))}: build it "
+                f"with a role {role!r}"
             )
     if not sampling.is_plain:
         raise ConfigError(
-            f"sampling has temperature {sampling.temperature}, top_k {sampling.top_k}, top_p {sampling.top_p}; PPO's "
-            "ratio is one of the policy's own probabilities, so set temperature 1, top_k 0, top_p 1"
+            f"sampling has temperature {sampling.temperature}, top_k {sampling.top_k}, top_p {sampling.top_p}, "
+            f"min_p {sampling.min_p} and repetition_penalty {sampling.repetition_penalty}; {name}'s ratio is one of "
+            "the policy's own probabilities, so set temperature 1, top_k 0, top_p 1, min_p 0, repetition_penalty 1"
         )
     if prompts_per_rollout < config.minibatches:
         raise ConfigError(
-            f"prompts_per_rollout is {prompts_per_rollout} and ppo.minibatches is {config.minibatches}; a minibatch "
+            f"prompts_per_rollout is {prompts_per_rollout} and policy.minibatches is {config.minibatches}; a minibatch "
             "needs a prompt: raise the one or lower the other"
         )
