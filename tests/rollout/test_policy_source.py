@@ -279,7 +279,7 @@ def test_what_makes_the_ratio_meaningless_is_refused(make_trunk: Make, make_sour
     ):
         with pytest.raises(ConfigError, match="set temperature 1, top_k 0, top_p 1"):
             make_source(make_trunk(), sampling=sampling)
-    with pytest.raises(ConfigError, match=r"prompts_per_rollout is 1 and ppo\.minibatches is 2"):
+    with pytest.raises(ConfigError, match=r"prompts_per_rollout is 1 and policy\.minibatches is 2"):
         make_source(make_trunk(), prompts_per_rollout=1)
     trunk = make_trunk()
     del trunk.roles["value"]
