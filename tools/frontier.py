@@ -52,6 +52,15 @@ def online(loss: dict[str, Any]) -> dict[str, Any]:
     return stage | {"stage": "online", "loss": loss, "rounds": 60, "prompts_per_round": 64, "optim": optim}
 
 
+def rl(algorithm: str, price: float) -> dict[str, Any]:
+    """The demo's PPO, or another algorithm on as many answers to the same prompts."""
+    stage = DEMO["ppo"] | {"snapshots": 0, "algorithm": algorithm}
+    numbers = DEMO["ppo"]["policy"] | {"kl_coef": price}
+    critic = ("gae_lambda", "value_learning_rate")
+    kept = {name: number for name, number in numbers.items() if algorithm == "ppo" or name not in critic}
+    return stage | {"policy": kept}
+
+
 def strengths(method: str, pairs: str) -> dict[str, dict[str, Any]]:
     """Label -> stage, from the one that stays nearest to SFT to the one that goes furthest."""
     match method:
@@ -68,10 +77,8 @@ def strengths(method: str, pairs: str) -> dict[str, dict[str, Any]]:
             return {f"beta {beta:g}": kto({"name": "kto", "beta": beta}) for beta in BETAS}
         case "online":  # as many answers as PPO's: 60 x 64 x 2
             return {f"beta {beta:g}": online({"name": "dpo", "beta": beta}) for beta in BETAS}
-        case "ppo":
-            prices = (2.0, 1.0, 0.5, 0.2, 0.05)
-            ppo = DEMO["ppo"]
-            return {f"KL {price:g}": ppo | {"snapshots": 0, "ppo": ppo["ppo"] | {"kl_coef": price}} for price in prices}
+        case "ppo" | "grpo" | "rloo":
+            return {f"KL {price:g}": rl(method, price) for price in (2.0, 1.0, 0.5, 0.2, 0.05)}
         case _:
             raise ValueError(method)
 
@@ -84,9 +91,21 @@ NAMES = {
     "kto": "KTO, from thumbs",
     "online": "online DPO",
     "ppo": "PPO",
+    "grpo": "GRPO",
+    "rloo": "RLOO",
     "best_of_n": "best of n",
 }
 METHODS = tuple(NAMES)
+PAIRED = (
+    ("online", "dpo"),
+    ("ppo", "dpo"),
+    ("grpo", "dpo"),
+    ("rloo", "dpo"),
+    ("ppo", "online"),
+    ("ipo", "dpo"),
+    ("kto", "dpo"),
+)
+"""Which methods are compared at equal KL, the one over the other."""
 
 
 def evaluation(models: dict[str, str], sft: str, reward: str, **more: Any) -> dict[str, Any]:
@@ -112,7 +131,7 @@ def measure(out: Path, seed: int, method: str) -> None:
         run(out, method, seed, stages | {"evaluation": evaluation(models, sft, reward, curve_prompts=2200)})
         return
     stages = {"thumbs": DEMO["preferences"] | {"model": sft, "ask": "thumbs", "again": 0}} if method == "kto" else {}
-    scored = {"reward": reward, "audit": "ignore"} if method in ("online", "ppo") else {}
+    scored = {"reward": reward, "audit": "ignore"} if method in ("online", "ppo", "grpo", "rloo") else {}
     made = strengths(method, f"{pairs}/rankings.jsonl").values()
     models = {f"{method}-{at}": f"{method}-{at}" for at in range(1, len(made) + 1)}
     stages |= {name: stage | {"model": sft} | scored for name, stage in zip(models, made, strict=True)}
@@ -189,7 +208,7 @@ def tables(rows: Sequence[Row], start: Mapping[int, float]) -> str:
             )
             lines.append(f"| {NAMES[method]} | {strength} | {' | '.join(map(_spread, columns))} |")
     lines += ["", "| true reward at equal KL | sqrt KL | difference, 95% over seeds |", "|---|---|---|"]
-    for one, other in (("online", "dpo"), ("ppo", "dpo"), ("ppo", "online"), ("ipo", "dpo"), ("kto", "dpo")):
+    for one, other in PAIRED:
         curves = [paths([row for row in rows if row.method == method], start) for method in (one, other)]
         shared = sorted(curves[0].keys() & curves[1].keys())
         for x in (0.5, 0.65, 0.8):  # between two policies that were measured, never between SFT and the first
