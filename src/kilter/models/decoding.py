@@ -88,7 +88,7 @@ class Cohort:
         in_sight = window is None or self.steps + 1 < window  # of the prompts, anything at all
         scores = torch.cat([self._of_prompts(layer, query, window), own], -1) if in_sight else own
         shares = torch.softmax(scores, -1)
-        out = torch.bmm(shares[..., -keys.shape[1] :].flatten(0, 1), values).view(query.shape)
+        out = torch.bmm(shares[..., -keys.shape[1] :].flatten(0, 1), values).view(*query.shape[:3], values.shape[2])
         return (out + self._from_prompts(layer, shares) if in_sight else out).flatten(1, 2)
 
     def _of_prompts(self, layer: int, query: Tensor, window: int | None) -> Tensor:

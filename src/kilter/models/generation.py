@@ -84,7 +84,10 @@ class NativeSampler:
         return request.completions()
 
     def stream(self, prompt: Sequence[int], seed: int, *, sampling: Sampling, stops: Stops) -> Iterator[list[int]]:
-        """One answer as it is drawn: after each token all tokens so far."""
+        """One answer as it is drawn: after each token all tokens so far.
+
+        Until it is exhausted or closed the role's adapter is in place and gradients are off, for the caller too.
+        """
         request = _Request([prompt], torch.tensor([[seed]]), None, sampling, stops)
         for _ in self._steps(request):
             yield request.answer(0)
