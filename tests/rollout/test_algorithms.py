@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any, get_args
 
@@ -27,6 +28,17 @@ Make = Callable[..., Any]
 def test_the_recipe_knows_the_table() -> None:
     assert set(get_args(RlStage.model_fields["algorithm"].annotation)) == set(ALGORITHMS)
     assert {name for name, one in ALGORITHMS.items() if one.loss not in get_args(get_args(loss_type())[0])} == set()
+
+
+def test_the_page_shows_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rl.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in page.splitlines() if line[:3] == "| `"]
+    shown = {name.strip("`"): cells for name, *cells in rows if name.strip("`") in ALGORITHMS}
+    assert set(shown) == set(ALGORITHMS)
+    for name, one in ALGORITHMS.items():
+        numbers = ", ".join(f"{number:g}" for number in one.clip if number is not None)
+        unset = "none" if one.loss == "reinforce" else "the loss's"
+        assert shown[name][1:] == [one.loss, one.aggregate, one.kl_in, numbers or unset, one.about]
 
 
 def loss_type() -> Any:
