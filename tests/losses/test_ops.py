@@ -57,6 +57,38 @@ def test_kl_estimators_by_hand() -> None:
     assert ops.kl_k3(p, q).tolist() == pytest.approx([0.5 - 1 + math.log(2), 3 - 1 - math.log(3)], abs=1e-12)
 
 
+def test_the_exact_kl_by_hand() -> None:
+    p, q = f64(0.5, 0.5, 1.0, 0.0).view(2, 2), f64(0.25, 0.75, 0.5, 0.5).view(2, 2)
+    p[1] = f64(1 - 1e-300, 1e-300)
+    expected = [0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75), math.log(2)]
+    assert ops.kl_exact(p.log(), q.log()).tolist() == pytest.approx(expected, abs=1e-12)
+    assert expected[0] == pytest.approx(0.1438, abs=1e-4)
+    assert ops.kl_exact(f64(0.0)[None], f64(0.0)[None]).tolist() == [0.0]  # one token
+    assert ops.kl_exact(torch.zeros(0, 3), torch.zeros(0, 3)).shape == (0,)
+
+
+def test_the_gradient_of_the_exact_kl() -> None:
+    logits = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logq = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    assert torch.autograd.gradcheck(lambda at: ops.kl_exact(at.log_softmax(-1), logq), logits)
+    (slope,) = torch.autograd.grad(ops.kl_exact(logits.log_softmax(-1), logq).sum(), logits)
+    for row, other, got in zip(logits.softmax(-1).tolist(), logq.exp().tolist(), slope.tolist(), strict=True):
+        kl = sum(a * math.log(a / b) for a, b in zip(row, other, strict=True))
+        assert got == pytest.approx([a * (math.log(a / b) - kl) for a, b in zip(row, other, strict=True)], abs=1e-12)
+
+
+def test_the_exact_kl_of_two_near_distributions_in_float32() -> None:
+    """Its error is far below that of the textbook's form, which a shift of a row by rounding moves by as much."""
+    generator = torch.Generator().manual_seed(0)
+    p = 3 * torch.randn(16, 20_000, dtype=torch.float64, generator=generator)
+    q = p + 1e-2 * torch.randn(p.shape, dtype=torch.float64, generator=generator)
+    wide, narrow = ((p.to(t).log_softmax(-1), q.to(t).log_softmax(-1)) for t in (torch.float64, torch.float32))
+    exact = ops.kl_exact(*wide)
+    assert float(exact.mean()) == pytest.approx(5e-5, rel=0.2)
+    assert float((ops.kl_exact(*narrow) - exact).abs().max()) < 2e-7
+    assert float(((narrow[0].exp() * (narrow[0] - narrow[1])).sum(-1) - exact).abs().max()) > 4e-7
+
+
 def test_k3_of_a_vanished_token_is_finite() -> None:
     assert ops.kl_k3(f64(-90.0), f64(0.0)).item() == pytest.approx(math.exp(20) - 21, rel=1e-12)
 

@@ -114,14 +114,17 @@ def test_it_learns_what_it_is_paid_for_without_a_critic(name: str, make_trunk: M
     assert ("policy/ref_kl" in seen[0]) == in_loss
 
 
-def test_the_kl_in_the_loss_holds_the_policy_near_its_reference(make_trunk: Make, make_source: Make) -> None:
-    ends = []
-    for kl_coef in (0.0, 1.0):
-        trunk = make_trunk()
-        source = make_source(trunk, algorithm="grpo", ppo={"kl_coef": kl_coef}, **ROOMY)
-        ends.append(run(trunk, source, "grpo", 24, 5e-3)[-1])
-    free, held = ends
+@pytest.mark.parametrize("kind", ["copies", "adapters"])
+def test_the_kl_in_the_loss_holds_the_policy_near_its_reference(kind: str, make_trunk: Make, make_source: Make) -> None:
+    def end(**numbers: Any) -> dict[str, float]:
+        trunk = make_trunk(kind)
+        source = make_source(trunk, algorithm="grpo", ppo=numbers, **ROOMY)
+        return run(trunk, source, "grpo", 24, 5e-3)[-1]
+
+    free, held, exactly = end(kl_coef=0.0), end(kl_coef=1.0), end(kl_coef=1.0, kl_estimator="exact")
     assert free["rollout/kl_k1"] > 3 * held["rollout/kl_k1"] > 0
+    assert free["rollout/kl_exact"] > 3 * exactly["rollout/kl_exact"] > 0
+    assert abs(exactly["policy/ratio"] - 1) < 1e-5 and exactly["policy/ref_kl"] > 0
 
 
 def test_what_is_left_open_is_the_algorithms_own() -> None:
@@ -154,6 +157,7 @@ def test_what_is_left_open_is_the_algorithms_own() -> None:
         ("grpo", {"vf_coef": 0.1}, r"policy\.vf_coef is 0\.1, but grpo has no critic"),
         ("rloo", {"value_from_reward": False}, r"policy\.value_from_reward is False, but rloo has no critic"),
         ("grpo", {"kl_controller": "adaptive"}, "only a price in the reward is steered"),
+        ("ppo", {"kl_estimator": "exact"}, "ppo pays for log-ratios of sampled tokens"),
     ],
 )
 def test_numbers_it_has_no_use_for_are_refused(name: str, numbers: dict[str, Any], message: str) -> None:

@@ -106,7 +106,7 @@ def test_every_number_equals_a_slow_rederivation(make_trunk: Make, make_source: 
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / (len(scores) - 1))
     expected: dict[tuple[int, ...], dict[str, list[float]]] = {}
     everything: list[float] = []
-    k1, k3, earned = [], [], []
+    k1, k3, exact, earned = [], [], [], []
     for rollout, score in zip(rollouts, scores, strict=True):
         prompt, ids = rollout.completion.prompt, rollout.completion.ids
         logprobs, ref_logprobs = (slow_logprobs(trunk, role, prompt, ids) for role in ("policy", "reference"))
@@ -122,6 +122,7 @@ def test_every_number_equals_a_slow_rederivation(make_trunk: Make, make_source: 
                 advantages[at] += (0.9 * 0.7) ** (ahead - at) * delta
         ratios = [other - one for one, other in zip(logprobs, ref_logprobs, strict=True)]
         k1.append(-sum(ratios))
+        exact.append(slow_kl(trunk, prompt, ids))
         k3.append(sum(math.exp(ratio) - 1 - ratio for ratio in ratios))
         returns = [advantage + value for advantage, value in zip(advantages, values, strict=True)]
         expected[ids] = {"old_logprobs": logprobs, "old_values": values, "advantages": advantages, "returns": returns}
@@ -139,6 +140,8 @@ def test_every_number_equals_a_slow_rederivation(make_trunk: Make, make_source: 
     figures = source.figures
     assert figures["rollout/kl_k1"] == pytest.approx(sum(k1) / 16, abs=1e-5)
     assert figures["rollout/kl_k3"] == pytest.approx(sum(k3) / 16, abs=1e-5)
+    assert figures["rollout/kl_exact"] == pytest.approx(statistics.fmean(exact), abs=1e-5)
+    assert figures["rollout/kl_exact_sem"] == pytest.approx(statistics.stdev(exact) / 4, abs=1e-5)
     assert figures["rollout/reward"] == pytest.approx(figures["rollout/paid_score"] - 0.3 * sum(k1) / 16, abs=1e-5)
     explained = 1 - statistics.pvariance(everything) / statistics.pvariance(earned)
     assert figures["rollout/value_explained"] == pytest.approx(explained, abs=1e-5)
@@ -148,6 +151,19 @@ def slow_logprobs(trunk: Trunk, role: str, prompt: tuple[int, ...], ids: tuple[i
     with torch.no_grad():
         logits = trunk.models[role](torch.tensor([[*prompt, *ids]])).logits[0].double().log_softmax(-1)
     return [float(logits[len(prompt) - 1 + at, token]) for at, token in enumerate(ids)]
+
+
+def slow_kl(trunk: Trunk, prompt: tuple[int, ...], ids: tuple[int, ...]) -> float:
+    """Of an answer: the KL of all next tokens, summed over its positions."""
+    row, first = torch.tensor([[*prompt, *ids]]), len(prompt) - 1
+    with torch.no_grad():
+        p, q = (
+            trunk.models[role](row).logits[0, first:-1].double().softmax(-1).tolist()
+            for role in ("policy", "reference")
+        )
+    return sum(
+        a * math.log(a / b) for ours, theirs in zip(p, q, strict=True) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def slow_values(trunk: Trunk, prompt: tuple[int, ...], ids: tuple[int, ...]) -> list[float]:
@@ -172,7 +188,8 @@ def test_the_figures_are_those_of_the_rollout(make_trunk: Make, make_source: Mak
     assert figures["rollout/distinct"] == len({answer.text for answer in answers}) / 16
     surprisal = torch.cat([-batch.extras["old_logprobs"] for batch in batches]).mean()
     assert figures["rollout/entropy"] == pytest.approx(float(surprisal), abs=1e-6)
-    assert figures["rollout/kl_k1"] == figures["rollout/kl_k3"] == figures["rollout/unscored"] == 0.0
+    assert figures["rollout/kl_k1"] == figures["rollout/kl_k3"] == figures["rollout/kl_exact"] == 0.0
+    assert figures["rollout/unscored"] == 0.0
     assert figures["rollout/kl_coef"] == 0.01 and figures["rollout/sampler_gap"] < 1e-5
 
 

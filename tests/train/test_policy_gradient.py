@@ -110,6 +110,24 @@ def test_the_price_of_the_kl(estimator: Any) -> None:
         objective(Scripted(policy=NEW), rollouts())
 
 
+@pytest.mark.parametrize("how", ["token", "sequence", "constant"])
+def test_the_exact_kl_as_a_loss(how: Any) -> None:
+    """Column 1 of what the trunk answers, aggregated as the policy loss is; no reference is in the batch."""
+    kl = [0.1, 0.4, 0.0, 0.2, 0.3, 0.7]
+    trunk = Scripted(policy=[list(row) for row in zip(NEW, kl, REFERENCE, strict=True)])
+    objective = policy_gradient(aggregate=how, constant_length=10, kl_coef=0.5, kl_estimator="exact")
+    assert not objective.needs_reference
+    out = objective(trunk, rollouts())
+    total = {"token": sum(kl), "sequence": 0.25 + 0.0 + 0.4, "constant": sum(kl) / 10}[how]
+    assert out.terms["kl"][0].item() == pytest.approx(0.5 * total, abs=1e-9)
+    assert out.terms["kl"][1] == SUMS[how][1]
+    assert out.terms["policy"][0].item() == pytest.approx(SUMS[how][0], abs=1e-9)
+    assert figures(out)["policy/ref_kl"] == pytest.approx(sum(kl) / 6)
+    out.terms["kl"][0].backward()
+    slopes = trunk.answers["policy"].grad
+    assert slopes is not None and not slopes[:, ::2].any() and float(slopes[:, 1].min()) > 0
+
+
 def test_samples_of_another_engine_are_weighted_and_the_kl_is_not() -> None:
     weights = [1.0, 0.5, 2.0, 1.5, 0.25, 1.0]
     batch = rollouts(importance=weights, ref_logprobs=REFERENCE)
@@ -138,6 +156,7 @@ def test_a_critic_beside_a_loss_of_responses() -> None:
         ({"aggregate": "constant"}, "constant_length is 0"),
         ({"clip_range_high": 0.3}, "clip_range is not set"),
         ({"loss": "reinforce", "clip_range": 0.2}, "clips nothing"),
+        ({"kl_estimator": "exact", "kl_corrected": True}, "'exact' takes none"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
@@ -156,6 +175,7 @@ CASES = {
     "reinforce": policy_gradient(loss="reinforce", aggregate="constant", constant_length=1),
     "cispo": policy_gradient(loss="cispo", weighted=True),
     "critic": policy_gradient(value="value", kl_coef=0.1, kl_estimator="k2"),
+    "exact kl": policy_gradient(kl_coef=0.1, kl_estimator="exact"),
 }
 
 

@@ -297,8 +297,9 @@ class PolicyConfig(Model):
     """Price of a nat of log-ratio to the reference, in units of the score; 0 takes the brake off."""
     kl_in: Literal["reward", "loss"] | None = None
     """Where it is paid: away from each token's reward, or as a term of the loss."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """What estimates the KL in the loss (Schulman 2020); k1 there holds nothing."""
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k3"
+    """What estimates the KL in the loss (Schulman 2020); k1 there holds nothing. `exact` sums over the vocabulary at
+    each position, for a forward of the reference in every step."""
     kl_controller: Literal["fixed", "adaptive"] | None = None
     """`adaptive` steers `kl_coef` to keep the KL near `kl_target` (Ziegler et al. 2019); of a price in the reward it is
     the default."""

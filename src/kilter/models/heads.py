@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kilter import ops
 from kilter.models.attention import text_config
 
 CHUNK_ELEMENTS = 1 << 24
@@ -70,7 +71,7 @@ def target_logprobs(model: Any, hidden: Tensor, target: Tensor, *, chunk_element
     def logprobs(hidden: Tensor, target: Tensor) -> Tensor:
         return -F.cross_entropy(logits_of(model, hidden), target, reduction="none")
 
-    return _in_chunks(logprobs, model, hidden, target, chunk_elements)
+    return _in_chunks(logprobs, model, chunk_elements, hidden, target)
 
 
 def token_stats(model: Any, hidden: Tensor, target: Tensor, *, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
@@ -89,18 +90,51 @@ def token_stats(model: Any, hidden: Tensor, target: Tensor, *, chunk_elements: i
             entropy, collision = -(logp.exp() * logp).sum(-1), torch.logsumexp(2 * logp, dim=-1)
         return torch.stack([-F.cross_entropy(logits, target, reduction="none"), entropy, collision], dim=1)
 
-    return _in_chunks(stats, model, hidden, target, chunk_elements)
+    return _in_chunks(stats, model, chunk_elements, hidden, target)
 
 
-def _in_chunks(
-    read: Callable[[Tensor, Tensor], Tensor], model: Any, hidden: Tensor, target: Tensor, chunk_elements: int
+def kl_stats(
+    model: Any,
+    hidden: Tensor,
+    target: Tensor,
+    reference: Any,
+    ref_hidden: Tensor,
+    *,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
+    """Target log-probs of a policy and its reference, and the KL of their whole distributions, float32[N, 3].
+
+    Both heads run once, in the chunks of `target_logprobs`, so its numbers are the same bits; logits of both are held
+    at once. In a backward over more than one chunk both run once more.
+
+    Columns:
+        0: log p(target), `target_logprobs`.
+        1: KL(p || q), nats, `ops.kl_exact`.
+        2: log q(target); no gradient goes to the reference.
+
+    Args:
+        hidden, target, chunk_elements: of `target_logprobs`.
+        reference: another model, or the same one, of one vocabulary with `model`.
+        ref_hidden: float[N, H'], its final hidden states.
+    """
+
+    def stats(hidden: Tensor, target: Tensor, ref_hidden: Tensor) -> Tensor:
+        logp = F.log_softmax(logits_of(model, hidden), dim=-1)
+        with torch.no_grad():
+            logq = F.log_softmax(logits_of(reference, ref_hidden), dim=-1)
+        own, other = (row.gather(1, target[:, None])[:, 0] for row in (logp, logq))
+        return torch.stack([own, ops.kl_exact(logp, logq), other], dim=1)
+
+    return _in_chunks(stats, model, chunk_elements, hidden, target, ref_hidden)
+
+
+def _in_chunks(read: Callable[..., Tensor], model: Any, chunk_elements: int, *columns: Tensor) -> Tensor:
     """`read` on as many positions at once as `chunk_elements` logits allow; more than one chunk is computed twice."""
-    rows = max(1, chunk_elements // text_config(model.config).vocab_size)
-    if len(target) <= rows:
-        return read(hidden, target)
+    rows, count = max(1, chunk_elements // text_config(model.config).vocab_size), len(columns[0])
+    if count <= rows:
+        return read(*columns)
     parts = []
-    for start in range(0, len(target), rows):
-        piece = hidden[start : start + rows], target[start : start + rows]
+    for start in range(0, count, rows):
+        piece = [column[start : start + rows] for column in columns]
         parts.append(checkpoint(read, *piece, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(parts)

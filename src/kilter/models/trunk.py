@@ -26,7 +26,7 @@ from kilter.models.attention import (
     use_segments,
 )
 from kilter.models.fused import fuse
-from kilter.models.heads import ScalarHead, target_logprobs, token_stats
+from kilter.models.heads import ScalarHead, kl_stats, target_logprobs, token_stats
 from kilter.models.last_layer import LastLayer, read_of
 from kilter.models.roles import AdapterSwitch, Role, adapter_parameters, base_parameters
 from kilter.models.segments import SEGMENTS, Runs
@@ -37,6 +37,8 @@ DENSE_UP_TO = 256
 """Rows up to this wide take a dense mask even where segments are possible: less overhead than area."""
 
 Want = Literal["logprobs", "token_stats", "values", "rewards"]
+KL_TO = "kl:"
+"""What a want begins with that names another role: "kl:reference"."""
 
 
 class Trunk(nn.Module):
@@ -101,9 +103,11 @@ class Trunk(nn.Module):
         Args:
             ask: role -> what is wanted of it: "logprobs" (of the targets), "token_stats" (those and, without gradient,
                 entropy and log collision probability, `heads.token_stats`), "values" (its head at `source`) or
-                "rewards" (its head at `last`).
+                "rewards" (its head at `last`). "kl:ROLE" is the log-probs of both roles and the exact KL to the other,
+                which need not be asked for itself: it runs without gradient, whole, and costs a forward and a head.
         Returns:
-            By role, float32: logprobs [N] in nats, token_stats [N, 3], values [N], rewards [R].
+            By role, float32: logprobs [N] in nats, token_stats [N, 3], values [N], rewards [R], "kl:..." [N, 3]
+            (`heads.kl_stats`).
         """
         with self.lowered():
             return self._answers(tree, ask)
@@ -117,6 +121,7 @@ class Trunk(nn.Module):
             tree = unroll(tree)
         answers: dict[str, Tensor] = {}
         masks: dict[Any, Any] = {}  # models of one kind share the masks of the tree
+        others = self._others(tree, ask, masks)
         for (model, adapter), names in runs.items():
             held: Any = self.models[model]
             wants = {ask[name] for name in names}
@@ -130,20 +135,45 @@ class Trunk(nn.Module):
                     at_source = hidden[tree.source]  # [N, H]
                 if ask[name] == "values":
                     answers[name] = self.heads[str(self.roles[name].head)](at_source)
-                else:
-                    through_head = target_logprobs if ask[name] == "logprobs" else token_stats
-                    with self.autocast(at_source.device):
+                    continue
+                with self.autocast(at_source.device):
+                    if ask[name] in others:
+                        answers[name] = kl_stats(held, at_source, tree.target, *others[ask[name]])
+                    else:
+                        through_head = target_logprobs if ask[name] == "logprobs" else token_stats
                         answers[name] = through_head(held, at_source, tree.target)
         return {name: answers[name] for name in ask}
+
+    @torch.no_grad()
+    def _others(
+        self, tree: TokenTree, ask: Mapping[str, str], masks: dict[Any, Any]
+    ) -> dict[str, tuple[nn.Module, Tensor]]:
+        """By want: the model of each role that a KL is asked to, and its final hidden states [N, H] at `source`."""
+        found: dict[str, tuple[nn.Module, Tensor]] = {}
+        for want in ask.values():
+            if want.startswith(KL_TO) and want not in found:
+                role = self.roles[want.removeprefix(KL_TO)]
+                hidden = self._hidden(role.model, role.adapter, tree, masks, {"logprobs"})
+                found[want] = self.models[role.model], hidden.flatten(0, 1)[tree.source]
+        return found
 
     def _role(self, name: str, want: str) -> Role:
         if name not in self.roles:
             raise ModelError(f"this trunk has no role {name!r}; it has {', '.join(sorted(self.roles))}")
         role = self.roles[name]
         model: Any = self.models[role.model]
-        if want not in get_args(Want):
-            raise ModelError(f"role {name!r} is asked for {want!r}; choose one of {', '.join(get_args(Want))}")
-        through_language_head = want in ("logprobs", "token_stats")
+        if want.startswith(KL_TO):
+            other: Any = self.models[self._role(want.removeprefix(KL_TO), "logprobs").model]
+            sizes = [text_config(held.config).vocab_size for held in (model, other)]
+            if sizes[0] != sizes[1]:
+                raise ModelError(
+                    f"role {name!r} is asked for {want!r}; they have vocabularies of {sizes[0]} and {sizes[1]} tokens: "
+                    "a KL needs two models of one"
+                )
+        elif want not in get_args(Want):
+            choice = ", ".join((*get_args(Want), f"{KL_TO}ROLE"))
+            raise ModelError(f"role {name!r} is asked for {want!r}; choose one of {choice}")
+        through_language_head = want not in ("values", "rewards")
         if not through_language_head and role.head is None:
             raise ModelError(f"role {name!r} is asked for {want} and has no scalar head; build it with one")
         if through_language_head and model.get_output_embeddings() is None:

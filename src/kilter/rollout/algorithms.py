@@ -105,6 +105,11 @@ class Algorithm:
                 "policy.kl_controller is adaptive and policy.kl_in is loss; only a price in the reward is steered: set "
                 "kl_controller to fixed, or kl_in to reward"
             )
+        if kl_in == "reward" and config.kl_estimator == "exact":
+            raise ConfigError(
+                f"policy.kl_estimator is exact and policy.kl_in is reward, where {name} pays for log-ratios of "
+                "sampled tokens; leave kl_estimator out, or set kl_in to loss"
+            )
         return config.model_copy(
             update={
                 "kl_in": kl_in,

@@ -15,7 +15,9 @@ from kilter.rollout.collect import Rollout
 from kilter.rollout.reward import RunningNorm, paid_rewards
 from kilter.tree import Batch, Group, Response, split_by_response
 
-ASK = {"policy": "logprobs", "reference": "logprobs", "value": "values"}
+ASK = {"policy": "kl:reference", "value": "values"}
+READS = ("policy", "reference", "value")
+"""The roles that run for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +29,18 @@ class Measured:
     ref_logprobs: Tensor
     values: Tensor | None
     """None: there is no critic."""
+    kl: Tensor | None = None
+    """KL(policy || reference) of the whole vocabulary at each token's position; None: not measured."""
 
 
 def measure(
     trunk: nn.Module, batches: Sequence[Batch], num_responses: int, device: torch.device, *, critic: bool = True
 ) -> Measured:
-    """Runs policy, reference and value over `batches`, whose responses carry their number as `response`."""
+    """Runs policy, reference and value over `batches`, whose responses carry their number as `response`.
+
+    Each model and each language head runs once: log-probs and the exact KL are read off the same logits, so the KL
+    costs some passes over a chunk of them.
+    """
     ask = {role: want for role, want in ASK.items() if critic or want != "values"}
     found: dict[str, list[Tensor]] = {role: [torch.empty(0)] * num_responses for role in ask}
     with torch.no_grad():
@@ -45,11 +53,13 @@ def measure(
                 ):
                     found[role][place] = part
     counts = torch.tensor([len(part) for part in found["policy"]])
+    logprobs, kl, ref_logprobs = torch.cat(found["policy"]).unbind(1)
     return Measured(
         leaf=torch.repeat_interleave(torch.arange(num_responses), counts),
-        logprobs=torch.cat(found["policy"]),
-        ref_logprobs=torch.cat(found["reference"]),
+        logprobs=logprobs.contiguous(),
+        ref_logprobs=ref_logprobs.contiguous(),
         values=torch.cat(found["value"]) if critic else None,
+        kl=kl.contiguous(),
     )
 
 
@@ -133,7 +143,12 @@ def sampler_gap(rollouts: Sequence[Rollout], measured: Measured) -> float:
 def figures(
     rollouts: Sequence[Rollout], scores: Sequence[float], paid: Pay, measured: Measured, credited: Credit
 ) -> dict[str, float]:
-    """What a rollout looked like. A mean over answers has its standard error beside it, `_sem`, over `samples`."""
+    """What a rollout looked like. A mean over answers has its standard error beside it, `_sem`, over `samples`.
+
+    `kl_k1`, `kl_k3` and `kl_exact` are sums over an answer's tokens and estimate one number, the KL of the policy's
+    answers to the reference's. `kl_exact` knows each position's KL and samples only which positions there are, so it
+    usually varies least (Amini et al. 2025, arXiv 2504.10637: Rao-Blackwell at each position).
+    """
     num_responses = len(rollouts)
     per_answer = {
         "score": torch.tensor(scores, dtype=torch.float64),
@@ -141,6 +156,7 @@ def figures(
         "reward": ops.sum_by(paid.rewards.double(), measured.leaf, num_responses),
         "kl_k1": ops.sum_by(ops.kl_k1(measured.logprobs, measured.ref_logprobs).double(), measured.leaf, num_responses),
         "kl_k3": ops.sum_by(ops.kl_k3(measured.logprobs, measured.ref_logprobs).double(), measured.leaf, num_responses),
+        **({} if measured.kl is None else {"kl_exact": ops.sum_by(measured.kl.double(), measured.leaf, num_responses)}),
         "length": torch.bincount(measured.leaf, minlength=num_responses).double(),
     }
     found: dict[str, float] = {"samples": float(num_responses)}

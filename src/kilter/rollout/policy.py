@@ -15,7 +15,7 @@ from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Scorer
 from kilter.rollout.algorithms import ALGORITHMS, grouped
-from kilter.rollout.experience import ASK, Measured, credit, figures, measure, pay, sampler_gap, with_credit
+from kilter.rollout.experience import READS, Measured, credit, figures, measure, pay, sampler_gap, with_credit
 from kilter.rollout.reward import KlController, RunningNorm
 from kilter.rollout.source import Drawing, RolloutSource, Scored
 from kilter.train.checks import check_first_ratio, check_signs, require
@@ -56,7 +56,7 @@ class PolicySource(RolloutSource):
     ) -> None:
         self._algorithm = ALGORITHMS[algorithm]
         self.config = config = self._algorithm.resolved(algorithm, config)
-        reads = [role for role in ASK if self._algorithm.critic or role != "value"]
+        reads = [role for role in READS if self._algorithm.critic or role != "value"]
         _check(algorithm, trunk, reads, drawing["sampling"], config, drawing["prompts_per_rollout"])
         super().__init__(
             trunk,
@@ -115,7 +115,7 @@ class PolicySource(RolloutSource):
         )
         group = grouped([len(group.responses) for group in groups])
         credited = credit(self._algorithm.credit, paid.rewards, measured, group, self.config)
-        in_loss = self.config.kl_in == "loss" and kl_coef > 0
+        in_loss = self.config.kl_in == "loss" and self.config.kl_estimator != "exact" and kl_coef > 0
         self._lay_out(with_credit(groups, measured, credited, reference=in_loss), steps)
         if not self.num_rollouts:  # old log-probs come from this very batch, so that the ratio is 1 to the last bit
             first_step = self._packed([self._groups[at] for at in steps[0]])

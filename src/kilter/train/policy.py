@@ -87,7 +87,10 @@ class PolicyGradient:
     """The same upwards; None: as downwards."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference as a loss; 0: none. PPO and RLOO pay for it in the rewards instead."""
-    kl_estimator: KlEstimator = "k3"
+    kl_estimator: KlEstimator | Literal["exact"] = "k3"
+    """`losses.kl_penalty`; "exact": KL(p || q) of the whole vocabulary at each scored position (`heads.kl_stats`),
+    and its gradient, with the positions held as they are. The reference runs in every step then: a forward without
+    gradient and a language head, and the head once more in the backward of many positions."""
     kl_corrected: bool = False
     """The estimate is multiplied by the token's ratio, so that its gradient is that of the KL (`losses.kl_penalty`)."""
     weighted: bool = False
@@ -99,6 +102,8 @@ class PolicyGradient:
     policy: str = "policy"
     value: str | None = None
     """The role of the critic; None: no critic."""
+    reference: str = "reference"
+    """The role that "exact" is measured to."""
 
     def __post_init__(self) -> None:
         if self.aggregate == "constant" and self.constant_length <= 0:
@@ -110,6 +115,8 @@ class PolicyGradient:
             raise ConfigError(f"clip_range_high is {self.clip_range_high} and clip_range is not set; set both")
         if self.loss == "reinforce" and self.clip_range is not None:
             raise ConfigError(f"clip_range is {self.clip_range}, but the loss 'reinforce' clips nothing: leave it out")
+        if self.kl_estimator == "exact" and self.kl_corrected:
+            raise ConfigError("kl_corrected weighs samples, and kl_estimator 'exact' takes none: leave one of them out")
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -118,14 +125,16 @@ class PolicyGradient:
     @property
     def needs_reference(self) -> bool:
         """Whether batches must carry the reference's log-probs."""
-        return self.kl_coef != 0
+        return self.kl_coef != 0 and self.kl_estimator != "exact"
 
     def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
-        ask = {self.policy: "logprobs"} | ({} if self.value is None else {self.value: "values"})
-        answers = trunk(batch.tree, ask)
-        logprobs = answers[self.policy]  # float[N]
-        policy = self._policy(logprobs, batch)
-        parts = [policy] if self.kl_coef == 0 else [policy, self._kl(logprobs, batch)]
+        exact = self.kl_coef != 0 and self.kl_estimator == "exact"
+        ask = {self.policy: f"kl:{self.reference}" if exact else "logprobs"}
+        answers = trunk(batch.tree, ask | ({} if self.value is None else {self.value: "values"}))
+        logprobs, kl = answers[self.policy].unbind(1)[:2] if exact else (answers[self.policy], None)  # float[N] each
+        parts = [self._policy(logprobs, batch)]
+        if self.kl_coef != 0:
+            parts.append(self._kl(self._estimated(logprobs, batch) if kl is None else kl, batch))
         if self.value is not None:
             parts.append(self._critic(answers[self.value], batch))
         return LossOutput(
@@ -174,8 +183,14 @@ class PolicyGradient:
             case _:
                 assert_never(self.loss)
 
-    def _kl(self, logprobs: Tensor, batch: Batch) -> LossOutput:
+    def _kl(self, losses: Tensor, batch: Batch) -> LossOutput:
         """The KL to the reference, averaged as the policy loss is."""
+        total, unit = self._summed(losses, batch)
+        return LossOutput({"kl": (self.kl_coef * total, unit)}, {"policy/ref_kl": mean_of(losses)})
+
+    def _estimated(self, logprobs: Tensor, batch: Batch) -> Tensor:
+        """The KL at each token, from the token alone."""
+        assert self.kl_estimator != "exact"
         if batch.ref_logprobs is not None:
             ref_logprobs = batch.ref_logprobs
         elif len(batch.tree.last):
@@ -186,9 +201,7 @@ class PolicyGradient:
         else:
             ref_logprobs = logprobs.detach()
         old_logprobs = self._extra(batch, "old_logprobs") if self.kl_corrected else None
-        losses = kl_penalty(logprobs, ref_logprobs, self.kl_estimator, old_logprobs=old_logprobs)
-        total, unit = self._summed(losses, batch)
-        return LossOutput({"kl": (self.kl_coef * total, unit)}, {"policy/ref_kl": mean_of(losses)})
+        return kl_penalty(logprobs, ref_logprobs, self.kl_estimator, old_logprobs=old_logprobs)
 
     def _critic(self, values: Tensor, batch: Batch) -> LossOutput:
         old_values, returns = self._extra(batch, "old_values"), self._extra(batch, "returns")
