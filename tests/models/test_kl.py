@@ -1,4 +1,4 @@
-"""The exact KL to another role: of the models' own distributions, with their own gradient, in chunks."""
+"""The exact KL to another role and the entropy: of the models' own distributions, with their gradients, in chunks."""
 
 from __future__ import annotations
 
@@ -172,7 +172,8 @@ def test_in_chunks_is_the_whole() -> None:
     for chunk_elements in (heads.CHUNK_ELEMENTS, 3 * VOCAB, 1):
         at = hidden.clone().requires_grad_()
         policy.zero_grad()
-        stats = heads.kl_stats(policy, at, target, reference, ref_hidden, chunk_elements=chunk_elements)
+        to = heads.Other(reference, ref_hidden)
+        stats = heads.whole_stats(policy, at, target, to=to, chunk_elements=chunk_elements)
         (stats[:, 1] * torch.arange(10)).sum().backward()
         found.append((stats.detach(), at.grad, policy.get_output_embeddings().weight.grad.clone()))
     for one in found[1:]:
@@ -194,10 +195,56 @@ def test_no_more_than_a_chunk_of_either_model_is_held(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(heads, "logits_of", watched)
     hidden = torch.randn(10, 32, requires_grad=True)
-    stats = heads.kl_stats(policy, hidden, torch.arange(10), reference, hidden.detach(), chunk_elements=4 * VOCAB)
+    to = heads.Other(reference, hidden.detach())
+    stats = heads.whole_stats(policy, hidden, torch.arange(10), to=to, chunk_elements=4 * VOCAB)
     assert len(sizes) == 6  # three chunks of each
     stats.sum().backward()
     assert max(size for _, size in sizes) == 4 * VOCAB and sum(own for own, _ in sizes) == 6 == len(sizes) / 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "bloom"])
+def test_the_entropy_and_its_gradient_are_the_untouched_models(family: str) -> None:
+    groups = mixed(some_groups())
+    batch, trunk = cut_in_rows(groups), pair(family)
+    policy, found = plain(family, trunk.models["policy"].state_dict()), []
+    for group in groups:
+        for response in group.responses:
+            logp = distributions(policy, group, response.ids)
+            own = -(logp.exp() * logp).sum(-1)
+            spans = response.spans or ((0, len(response.ids)),)
+            found.append(torch.cat([own[start:end] for start, end in spans]))
+    slow = torch.cat(found)
+    stats = trunk(batch.tree, {"policy": "entropy"})["policy"]
+    assert stats.shape == (len(slow), 2)
+    torch.testing.assert_close(stats[:, 1].double(), slow, rtol=1e-4, atol=1e-4)
+    (slow * batch.extras["mix"]).sum().backward()
+    (stats[:, 1] * batch.extras["mix"]).sum().backward()
+    gap, where = gradient_gap(gradients(trunk.models["policy"]), gradients(policy))
+    assert gap <= 1e-4, where
+
+
+def test_entropy_and_kl_are_the_columns_of_each_alone() -> None:
+    trunk, tree = pair("llama"), cut_in_rows(mixed(some_groups())).tree
+    entropy, kl, both = (
+        trunk(tree, {"policy": want})["policy"] for want in ("entropy", "kl:reference", "entropy+kl:reference")
+    )
+    assert torch.equal(both, torch.cat([kl, entropy[:, 1:]], dim=1))
+    assert torch.equal(entropy[:, 0], trunk(tree, {"policy": "logprobs"})["policy"])
+    assert torch.equal(trunk(tree, {"policy": "token_stats"})["policy"][:, 1], entropy[:, 1])
+
+
+def test_the_entropy_in_chunks_is_the_whole() -> None:
+    model, found = trained_model("gemma2"), []
+    generator = torch.Generator().manual_seed(0)
+    hidden, target = torch.randn(10, 32, generator=generator), torch.arange(10)
+    for chunk_elements in (heads.CHUNK_ELEMENTS, 3 * VOCAB, 1):
+        at = hidden.clone().requires_grad_()
+        stats = heads.whole_stats(model, at, target, entropy=True, chunk_elements=chunk_elements)
+        (stats[:, 1] * torch.arange(10)).sum().backward()
+        found.append((stats.detach(), at.grad))
+    for one in found[1:]:
+        for got, want in zip(one, found[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_each_model_and_each_head_runs_once() -> None:
@@ -233,7 +280,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     trunk, tree = pair("llama"), cut_in_rows(mixed(some_groups())).tree
     with pytest.raises(ModelError, match=r"no role 'older'; it has policy, reference"):
         trunk(tree, {"policy": "kl:older"})
-    with pytest.raises(ModelError, match=r"choose one of .*rewards, kl:ROLE"):
+    with pytest.raises(ModelError, match=r"choose one of .*rewards, entropy, kl:ROLE, entropy\+kl:ROLE"):
         trunk(tree, {"policy": "kl"})
     trunk.models["reference"].config.vocab_size = VOCAB + 3
     with pytest.raises(ModelError, match="vocabularies of 61 and 64 tokens"):

@@ -127,6 +127,17 @@ def test_the_kl_in_the_loss_holds_the_policy_near_its_reference(kind: str, make_
     assert abs(exactly["policy/ratio"] - 1) < 1e-5 and exactly["policy/ref_kl"] > 0
 
 
+def test_the_bonus_for_entropy_keeps_the_policy_broad(make_trunk: Make, make_source: Make) -> None:
+    ends = []
+    for entropy_coef in (0.0, 0.5):
+        trunk = make_trunk()
+        source = make_source(trunk, algorithm="grpo", ppo={"kl_coef": 0.0, "entropy_coef": entropy_coef}, **ROOMY)
+        ends.append(run(trunk, source, "grpo", 24, 5e-3)[-1])
+    narrow, broad = ends
+    assert broad["rollout/entropy"] > 2 * narrow["rollout/entropy"] and broad["policy/entropy"] > 0
+    assert "policy/entropy" not in narrow
+
+
 def test_what_is_left_open_is_the_algorithms_own() -> None:
     grpo, ppo, dapo, gspo = (
         ALGORITHMS[name].resolved(name, PolicyConfig()) for name in ("grpo", "ppo", "dapo", "gspo")

@@ -48,7 +48,9 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     ),
     "reward apart from length": functools.partial(rewards.reward_model, length_coef=0.5),
     "ppo": policy.ppo,
-    "exact kl": functools.partial(policy.policy_gradient, kl_coef=0.1, kl_estimator="exact"),
+    "exact kl and entropy": functools.partial(
+        policy.policy_gradient, kl_coef=0.1, kl_estimator="exact", entropy_coef=0.1
+    ),
 }
 
 

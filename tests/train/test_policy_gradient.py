@@ -128,6 +128,25 @@ def test_the_exact_kl_as_a_loss(how: Any) -> None:
     assert slopes is not None and not slopes[:, ::2].any() and float(slopes[:, 1].min()) > 0
 
 
+@pytest.mark.parametrize("how", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_bonus_for_entropy(how: Any, exact: bool) -> None:
+    """The last column of what the trunk answers, aggregated as the policy loss is, taken from the loss."""
+    entropy, kl = [0.5, 1.0, 2.0, 0.0, 0.3, 0.9], [0.1, 0.4, 0.0, 0.2, 0.3, 0.7]
+    columns = (NEW, kl, REFERENCE, entropy) if exact else (NEW, entropy)
+    trunk = Scripted(policy=[list(row) for row in zip(*columns, strict=True)])
+    price: dict[str, Any] = {"kl_coef": 0.5, "kl_estimator": "exact"} if exact else {}
+    objective = policy_gradient(aggregate=how, constant_length=10, entropy_coef=0.01, **price)
+    out = objective(trunk, rollouts())
+    total = {"token": sum(entropy), "sequence": 0.75 + 2.0 + 0.4, "constant": sum(entropy) / 10}[how]
+    assert out.terms["entropy"][0].item() == pytest.approx(-0.01 * total, abs=1e-9)
+    assert out.terms["entropy"][1] == SUMS[how][1]
+    assert out.terms["policy"][0].item() == pytest.approx(SUMS[how][0], abs=1e-9)
+    assert figures(out)["policy/entropy"] == pytest.approx(sum(entropy) / 6)
+    assert ("kl" in out.terms) == exact
+    assert "entropy" not in policy_gradient()(Scripted(policy=NEW), rollouts()).terms
+
+
 def test_samples_of_another_engine_are_weighted_and_the_kl_is_not() -> None:
     weights = [1.0, 0.5, 2.0, 1.5, 0.25, 1.0]
     batch = rollouts(importance=weights, ref_logprobs=REFERENCE)
@@ -176,6 +195,7 @@ CASES = {
     "cispo": policy_gradient(loss="cispo", weighted=True),
     "critic": policy_gradient(value="value", kl_coef=0.1, kl_estimator="k2"),
     "exact kl": policy_gradient(kl_coef=0.1, kl_estimator="exact"),
+    "entropy": policy_gradient(aggregate="sequence", entropy_coef=0.1),
 }
 
 

@@ -287,6 +287,7 @@ class PolicyConfig(Model):
 
     usual: ClassVar[Mapping[str, tuple[float, float]]] = {
         "kl_coef": (0.005, 0.5),
+        "entropy_coef": (1e-4, 0.05),
         "clip_range": (0.05, 0.4),
         "vf_coef": (0.05, 2.0),
         "gamma": (0.95, 1.0),
@@ -305,6 +306,8 @@ class PolicyConfig(Model):
     the default."""
     kl_target: Annotated[float, Field(gt=0)] = 6.0
     """KL from the reference to steer to, nats a response."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the policy's entropy, nats a token, against the loss: it keeps the policy broad; 0: none."""
     loss: Literal["ppo_clip", "gspo", "response_clip", "cispo", "reinforce"] | None = None
     """How a token's worth moves the policy (`kilter.losses.policy`)."""
     aggregate: Literal["token", "sequence", "constant"] | None = None

@@ -7,7 +7,7 @@ backward, so `[tokens, vocabulary]` never exists for more than one chunk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,39 +93,51 @@ def token_stats(model: Any, hidden: Tensor, target: Tensor, *, chunk_elements: i
     return _in_chunks(stats, model, chunk_elements, hidden, target)
 
 
-def kl_stats(
+class Other(NamedTuple):
+    """What a KL is measured to."""
+
+    model: Any
+    """Of the vocabulary of the policy's; it may be the same."""
+    hidden: Tensor
+    """float[N, H'], its final hidden states."""
+
+
+def whole_stats(
     model: Any,
     hidden: Tensor,
     target: Tensor,
-    reference: Any,
-    ref_hidden: Tensor,
     *,
+    to: Other | None = None,
+    entropy: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
-    """Target log-probs of a policy and its reference, and the KL of their whole distributions, float32[N, 3].
+    """Target log-probs and, with their gradients, numbers of the whole distribution p at each position, float32[N, C].
 
-    Both heads run once, in the chunks of `target_logprobs`, so its numbers are the same bits; logits of both are held
-    at once. In a backward over more than one chunk both run once more.
+    Each head runs once, in the chunks of `target_logprobs`, so its numbers are the same bits; logits of both models are
+    held at once. In a backward over more than one chunk both heads run once more.
 
-    Columns:
-        0: log p(target), `target_logprobs`.
-        1: KL(p || q), nats, `ops.kl_exact`.
-        2: log q(target); no gradient goes to the reference.
+    Columns, those asked for in this order:
+        log p(target), `target_logprobs`.
+        to: KL(p || q), nats, `ops.kl_exact`; log q(target). No gradient goes to q.
+        entropy: -sum_v p(v) log p(v), nats.
 
     Args:
         hidden, target, chunk_elements: of `target_logprobs`.
-        reference: another model, or the same one, of one vocabulary with `model`.
-        ref_hidden: float[N, H'], its final hidden states.
     """
 
-    def stats(hidden: Tensor, target: Tensor, ref_hidden: Tensor) -> Tensor:
+    def stats(hidden: Tensor, target: Tensor, *others: Tensor) -> Tensor:
         logp = F.log_softmax(logits_of(model, hidden), dim=-1)
-        with torch.no_grad():
-            logq = F.log_softmax(logits_of(reference, ref_hidden), dim=-1)
-        own, other = (row.gather(1, target[:, None])[:, 0] for row in (logp, logq))
-        return torch.stack([own, ops.kl_exact(logp, logq), other], dim=1)
+        columns = [logp.gather(1, target[:, None])[:, 0]]
+        if to is not None:
+            with torch.no_grad():
+                logq = F.log_softmax(logits_of(to.model, *others), dim=-1)
+            columns += [ops.kl_exact(logp, logq), logq.gather(1, target[:, None])[:, 0]]
+        if entropy:
+            columns.append(-(logp.exp() * logp).sum(-1))
+        return torch.stack(columns, dim=1)
 
-    return _in_chunks(stats, model, chunk_elements, hidden, target, ref_hidden)
+    others = () if to is None else (to.hidden,)
+    return _in_chunks(stats, model, chunk_elements, hidden, target, *others)
 
 
 def _in_chunks(read: Callable[..., Tensor], model: Any, chunk_elements: int, *columns: Tensor) -> Tensor:

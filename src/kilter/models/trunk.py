@@ -6,6 +6,7 @@ DDP and FSDP2 wrap it, and nothing calls what is inside from outside.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -26,7 +27,7 @@ from kilter.models.attention import (
     use_segments,
 )
 from kilter.models.fused import fuse
-from kilter.models.heads import ScalarHead, kl_stats, target_logprobs, token_stats
+from kilter.models.heads import Other, ScalarHead, target_logprobs, token_stats, whole_stats
 from kilter.models.last_layer import LastLayer, read_of
 from kilter.models.roles import AdapterSwitch, Role, adapter_parameters, base_parameters
 from kilter.models.segments import SEGMENTS, Runs
@@ -37,8 +38,8 @@ DENSE_UP_TO = 256
 """Rows up to this wide take a dense mask even where segments are possible: less overhead than area."""
 
 Want = Literal["logprobs", "token_stats", "values", "rewards"]
-KL_TO = "kl:"
-"""What a want begins with that names another role: "kl:reference"."""
+WHOLE = re.compile(r"entropy|(?:entropy\+)?kl:(?P<role>.+)")
+"""A want that reads whole distributions, maybe against those of another role: "entropy+kl:reference"."""
 
 
 class Trunk(nn.Module):
@@ -103,11 +104,12 @@ class Trunk(nn.Module):
         Args:
             ask: role -> what is wanted of it: "logprobs" (of the targets), "token_stats" (those and, without gradient,
                 entropy and log collision probability, `heads.token_stats`), "values" (its head at `source`) or
-                "rewards" (its head at `last`). "kl:ROLE" is the log-probs of both roles and the exact KL to the other,
-                which need not be asked for itself: it runs without gradient, whole, and costs a forward and a head.
+                "rewards" (its head at `last`). With their gradients: "kl:ROLE" (log-probs of both roles and the
+                exact KL to the other, which need not be asked for itself: without gradient, a forward and a head more),
+                "entropy" (log-probs and the entropy), "entropy+kl:ROLE" (all of it).
         Returns:
-            By role, float32: logprobs [N] in nats, token_stats [N, 3], values [N], rewards [R], "kl:..." [N, 3]
-            (`heads.kl_stats`).
+            By role, float32: logprobs [N] in nats, token_stats [N, 3], values [N], rewards [R], all others
+            [N, C] (`heads.whole_stats`).
         """
         with self.lowered():
             return self._answers(tree, ask)
@@ -137,24 +139,24 @@ class Trunk(nn.Module):
                     answers[name] = self.heads[str(self.roles[name].head)](at_source)
                     continue
                 with self.autocast(at_source.device):
-                    if ask[name] in others:
-                        answers[name] = kl_stats(held, at_source, tree.target, *others[ask[name]])
+                    if whole := WHOLE.fullmatch(ask[name]):
+                        to, entropy = others.get(whole["role"]), ask[name].startswith("entropy")
+                        answers[name] = whole_stats(held, at_source, tree.target, to=to, entropy=entropy)
                     else:
                         through_head = target_logprobs if ask[name] == "logprobs" else token_stats
                         answers[name] = through_head(held, at_source, tree.target)
         return {name: answers[name] for name in ask}
 
     @torch.no_grad()
-    def _others(
-        self, tree: TokenTree, ask: Mapping[str, str], masks: dict[Any, Any]
-    ) -> dict[str, tuple[nn.Module, Tensor]]:
-        """By want: the model of each role that a KL is asked to, and its final hidden states [N, H] at `source`."""
-        found: dict[str, tuple[nn.Module, Tensor]] = {}
+    def _others(self, tree: TokenTree, ask: Mapping[str, str], masks: dict[Any, Any]) -> dict[str, Other]:
+        """Each role that a KL is asked to."""
+        found: dict[str, Other] = {}
         for want in ask.values():
-            if want.startswith(KL_TO) and want not in found:
-                role = self.roles[want.removeprefix(KL_TO)]
+            whole = WHOLE.fullmatch(want)
+            if whole and (name := whole["role"]) and name not in found:
+                role = self.roles[name]
                 hidden = self._hidden(role.model, role.adapter, tree, masks, {"logprobs"})
-                found[want] = self.models[role.model], hidden.flatten(0, 1)[tree.source]
+                found[name] = Other(self.models[role.model], hidden.flatten(0, 1)[tree.source])
         return found
 
     def _role(self, name: str, want: str) -> Role:
@@ -162,16 +164,17 @@ class Trunk(nn.Module):
             raise ModelError(f"this trunk has no role {name!r}; it has {', '.join(sorted(self.roles))}")
         role = self.roles[name]
         model: Any = self.models[role.model]
-        if want.startswith(KL_TO):
-            other: Any = self.models[self._role(want.removeprefix(KL_TO), "logprobs").model]
+        whole = WHOLE.fullmatch(want)
+        if whole and whole["role"]:
+            other: Any = self.models[self._role(whole["role"], "logprobs").model]
             sizes = [text_config(held.config).vocab_size for held in (model, other)]
             if sizes[0] != sizes[1]:
                 raise ModelError(
                     f"role {name!r} is asked for {want!r}; they have vocabularies of {sizes[0]} and {sizes[1]} tokens: "
                     "a KL needs two models of one"
                 )
-        elif want not in get_args(Want):
-            choice = ", ".join((*get_args(Want), f"{KL_TO}ROLE"))
+        elif not whole and want not in get_args(Want):
+            choice = ", ".join((*get_args(Want), "entropy", "kl:ROLE", "entropy+kl:ROLE"))
             raise ModelError(f"role {name!r} is asked for {want!r}; choose one of {choice}")
         through_language_head = want not in ("values", "rewards")
         if not through_language_head and role.head is None:

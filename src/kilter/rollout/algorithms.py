@@ -137,6 +137,7 @@ class Algorithm:
             clip_range_high=config.clip_range_high,
             kl_coef=config.kl_coef if config.kl_in == "loss" else 0.0,
             kl_estimator=config.kl_estimator,
+            entropy_coef=config.entropy_coef,
             clip_range_value=config.clip_range_value,
             vf_coef=config.vf_coef,
             value="value" if self.critic else None,

@@ -88,9 +88,11 @@ class PolicyGradient:
     kl_coef: float = 0.0
     """Weight of the KL to the reference as a loss; 0: none. PPO and RLOO pay for it in the rewards instead."""
     kl_estimator: KlEstimator | Literal["exact"] = "k3"
-    """`losses.kl_penalty`; "exact": KL(p || q) of the whole vocabulary at each scored position (`heads.kl_stats`),
+    """`losses.kl_penalty`; "exact": KL(p || q) of the whole vocabulary at each scored position (`heads.whole_stats`),
     and its gradient, with the positions held as they are. The reference runs in every step then: a forward without
     gradient and a language head, and the head once more in the backward of many positions."""
+    entropy_coef: float = 0.0
+    """Weight of the policy's entropy at each scored position, taken from the loss; 0: not computed."""
     kl_corrected: bool = False
     """The estimate is multiplied by the token's ratio, so that its gradient is that of the KL (`losses.kl_penalty`)."""
     weighted: bool = False
@@ -129,12 +131,16 @@ class PolicyGradient:
 
     def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
         exact = self.kl_coef != 0 and self.kl_estimator == "exact"
-        ask = {self.policy: f"kl:{self.reference}" if exact else "logprobs"}
+        whole = ["entropy"] * (self.entropy_coef != 0) + [f"kl:{self.reference}"] * exact
+        ask = {self.policy: "+".join(whole) or "logprobs"}
         answers = trunk(batch.tree, ask | ({} if self.value is None else {self.value: "values"}))
-        logprobs, kl = answers[self.policy].unbind(1)[:2] if exact else (answers[self.policy], None)  # float[N] each
+        columns = answers[self.policy].unbind(1) if whole else [answers[self.policy]]  # float[N] each
+        logprobs = columns[0]
         parts = [self._policy(logprobs, batch)]
         if self.kl_coef != 0:
-            parts.append(self._kl(self._estimated(logprobs, batch) if kl is None else kl, batch))
+            parts.append(self._kl(columns[1] if exact else self._estimated(logprobs, batch), batch))
+        if self.entropy_coef != 0:
+            parts.append(self._entropy(columns[-1], batch))
         if self.value is not None:
             parts.append(self._critic(answers[self.value], batch))
         return LossOutput(
@@ -187,6 +193,11 @@ class PolicyGradient:
         """The KL to the reference, averaged as the policy loss is."""
         total, unit = self._summed(losses, batch)
         return LossOutput({"kl": (self.kl_coef * total, unit)}, {"policy/ref_kl": mean_of(losses)})
+
+    def _entropy(self, entropy: Tensor, batch: Batch) -> LossOutput:
+        """What keeps the policy broad (Williams and Peng 1991; Mnih et al. 2016, arXiv 1602.01783, section 4)."""
+        total, unit = self._summed(entropy, batch)
+        return LossOutput({"entropy": (-self.entropy_coef * total, unit)}, {"policy/entropy": mean_of(entropy)})
 
     def _estimated(self, logprobs: Tensor, batch: Batch) -> Tensor:
         """The KL at each token, from the token alone."""
