@@ -283,6 +283,70 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(make_trunk: Make
     assert not torch.equal(first.extras["advantages"], other.extras["advantages"][: len(first.extras["advantages"])])
 
 
+# A policy that went too far from the one that sampled -----------------------------------------------------------------
+
+
+def test_beyond_the_target_the_rest_of_the_rollout_is_left_out(make_trunk: Make, make_source: Make) -> None:
+    """The limit is 1.5 times the target; figures without a KL say nothing; the next rollout begins anew."""
+    source = make_source(make_trunk(), seed=1, ppo={"target_kl": 0.02, "epochs": 3})
+    assert source.next_step() and source.figures["rollout/left_out"] == 0
+    for figures in ({"policy/approx_kl": 0.03}, {}, {"loss": 9.0}):
+        source.look(figures)
+        assert source.next_step()
+    source.look({"policy/approx_kl": 0.031})
+    assert source.figures["rollout/left_out"] == 2
+    for _ in range(2):
+        assert source.next_step() is None
+        source.look({})
+    assert source.num_rollouts == 1 and source.figures["rollout/left_out"] == 2
+    assert source.next_step() and source.num_rollouts == 2 and source.figures["rollout/left_out"] == 0
+    free = make_source(make_trunk(), seed=1)
+    free.next_step()
+    free.look({"policy/approx_kl": 9.0})
+    assert free.next_step() and "rollout/left_out" not in free.figures
+
+
+def test_steps_that_are_left_out_change_nothing_and_count(make_trunk: Make, make_source: Make) -> None:
+    trunk, weights, rows = make_trunk(), [], []
+    source = make_source(trunk, ppo={"target_kl": 1e-9, "epochs": 2})
+    state = train_state(trunk)
+
+    def on_step(step: int, figures: dict[str, float]) -> None:
+        source.look(figures)
+        rows.append(figures)
+        weights.append([parameter.detach().clone() for parameter in trunk.parameters_of("policy")])
+
+    fit(state, OBJECTIVE, source, steps=8, on_step=on_step)
+    assert state.step == 8 and source.num_rollouts == 2 and not state.stopped
+    taken = ["loss" in row for row in rows]  # the first step's KL is 0; the second one sees what the first did
+    assert taken == [True, True, False, False] * 2
+    for at in (2, 3, 6, 7):
+        assert all(map(torch.equal, weights[at - 1], weights[at])) and rows[at].keys() == {"seconds"}
+    moments = {int(held["step"]) for held in state.optimizer.state.values()}
+    assert moments == {4}
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
+def test_a_killed_run_leaves_out_the_same_steps(at: int, make_trunk: Make, make_source: Make, tmp_path: Path) -> None:
+    def run(folder: Path, steps: int, seed: int) -> tuple[dict[str, torch.Tensor], str]:
+        trunk = make_trunk()
+        source = make_source(trunk, seed=seed, ppo={"target_kl": 1e-9})
+        fit(
+            train_state(trunk),
+            OBJECTIVE,
+            source,
+            steps=steps,
+            checkpoints=CheckpointStore(folder),
+            on_step=lambda _, figures: source.look(figures),
+        )
+        return dict(trunk.state_dict()), str(source.state_dict())
+
+    whole = run(tmp_path / "whole", 9, seed=0)
+    run(tmp_path / "cut", at, seed=0)
+    again = run(tmp_path / "cut", 9, seed=99)
+    assert whole[1] == again[1] and all(torch.equal(whole[0][name], again[0][name]) for name in whole[0])
+
+
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 

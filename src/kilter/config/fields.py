@@ -288,6 +288,7 @@ class PolicyConfig(Model):
     usual: ClassVar[Mapping[str, tuple[float, float]]] = {
         "kl_coef": (0.005, 0.5),
         "entropy_coef": (1e-4, 0.05),
+        "target_kl": (0.003, 0.1),
         "clip_range": (0.05, 0.4),
         "vf_coef": (0.05, 2.0),
         "gamma": (0.95, 1.0),
@@ -332,6 +333,9 @@ class PolicyConfig(Model):
     """Clip normalised scores to +- this; 0: no clip."""
     truncation_penalty: Annotated[float, Field(ge=0)] = 1.0
     """Taken from the score of a response that met the length limit."""
+    target_kl: Annotated[float, Field(gt=0)] | None = None
+    """Once a step finds the policy 1.5 times this far from the one that sampled, nats a token, the rest of the
+    rollout's steps is left out; none given: no limit."""
     epochs: Annotated[int, Field(gt=0)] = 2
     """Passes over one rollout."""
     minibatches: Annotated[int, Field(gt=0)] = 2

@@ -110,6 +110,11 @@ class Algorithm:
                 f"policy.kl_estimator is exact and policy.kl_in is reward, where {name} pays for log-ratios of "
                 "sampled tokens; leave kl_estimator out, or set kl_in to loss"
             )
+        if config.target_kl is not None and config.epochs * config.minibatches == 1:
+            raise ConfigError(
+                f"policy.target_kl is {config.target_kl:g}, and a rollout is one step, by the very policy that sampled; "
+                "leave it out, or set epochs or minibatches above 1"
+            )
         return config.model_copy(
             update={
                 "kl_in": kl_in,

@@ -25,6 +25,9 @@ GAP_LIMIT = {torch.float32: 1e-2, torch.float64: 1e-2}
 """Largest difference allowed between sampling and training log-probs, nats, by the dtype that computes. Seen: 1e-5 in
 float32. A wrong mask, dropout or temperature differs by tenths and more."""
 LOW_PRECISION_GAP_LIMIT = 1.0
+KL_SLACK = 1.5
+"""How far beyond `target_kl` a step may be before the rest of its rollout is left out: that of OpenAI's Spinning Up
+(`ppo.py`) and of Stable-Baselines3 (`PPO.train`)."""
 
 
 class PolicySource(RolloutSource):
@@ -123,7 +126,22 @@ class PolicySource(RolloutSource):
         self.figures = figures(rollouts, scores, paid, measured, credited)
         self.figures |= {"rollout/kl_coef": kl_coef, "rollout/sampler_gap": gap}
         self.figures["rollout/unscored"] = float(len(self.rollouts) - len(rollouts))
+        if self.config.target_kl is not None:
+            self.figures["rollout/left_out"] = 0.0
         self.controller.update(self.figures["rollout/kl_k1"])
+
+    def look(self, figures: Mapping[str, float]) -> None:
+        """Takes in what the last step's figures say, before the next one and before a checkpoint.
+
+        Once the policy is further from the one that sampled than `target_kl` allows, the rest of the rollout's steps is
+        left out, for policy and critic. `policy/approx_kl` is measured before the step's update, which is taken (in
+        Spinning Up and Stable-Baselines3 it is not: they measure before they decide about the same step).
+        """
+        limit = self.config.target_kl
+        if limit is None or self._enough or figures.get("policy/approx_kl", 0.0) <= KL_SLACK * limit:
+            return
+        self._enough = True
+        self.figures["rollout/left_out"] = float(len(self._steps) - self._next)
 
     def _paid(self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, leaf: Tensor) -> Tensor:
         """What two made-up answers would be paid at the start, for the check of signs."""

@@ -115,16 +115,18 @@ class RolloutSource(ABC):
         self._groups: list[Group] = []
         self._steps: list[list[int]] = []  # of this rollout: the groups of each step
         self._next = 0
+        self._enough = False
+        """What is left of this rollout's steps is left out."""
 
     @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps between two rollouts."""
         return self._epochs * self._minibatches
 
-    def next_step(self) -> list[Batch]:
+    def next_step(self) -> list[Batch] | None:
         """The micro-batches of one optimizer step; at the end of a rollout's epochs, samples anew first.
 
-        None where the new answers teach nothing more: `stopped` says why.
+        An empty list where the new answers teach nothing more: `stopped` says why. None of a step that is left out.
         """
         if self._next == len(self._steps):
             self._roll_out()
@@ -132,6 +134,8 @@ class RolloutSource(ABC):
             return []
         step = self._steps[self._next]
         self._next += 1
+        if self._enough:
+            return None
         return self._packed([self._groups[at] for at in step])
 
     def _packed(self, groups: Sequence[Group]) -> list[Batch]:
@@ -175,7 +179,7 @@ class RolloutSource(ABC):
         """Makes groups of the scored answers, hands them to `_lay_out`, and fills in `figures`."""
 
     def _lay_out(self, groups: Sequence[Group], steps: list[list[int]]) -> None:
-        self._groups, self._steps, self._next = list(groups), steps, 0
+        self._groups, self._steps, self._next, self._enough = list(groups), steps, 0, False
 
     def _too_few(self, count: int, what: str, place: str, remedy: str) -> str | None:
         """What to say of a rollout that does not fill its minibatches; None of one that does."""
@@ -208,6 +212,7 @@ class RolloutSource(ABC):
             "groups": _plain(self._groups),
             "steps": [list(step) for step in self._steps],
             "next": self._next,
+            "enough": self._enough,
             "num_rollouts": self.num_rollouts,
             "figures": dict(self.figures),
             "stopped": self.stopped,
@@ -219,7 +224,7 @@ class RolloutSource(ABC):
         self.num_rollouts, self.stopped = int(state["num_rollouts"]), state["stopped"]
         self.figures, self.rollouts = dict(state["figures"]), []
         self._steps, self._next = [list(step) for step in state["steps"]], int(state["next"])
-        self._groups = _groups(state["groups"])
+        self._groups, self._enough = _groups(state["groups"]), bool(state["enough"])
 
 
 def _plain(groups: Sequence[Group]) -> dict[str, Any]:

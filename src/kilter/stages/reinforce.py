@@ -78,6 +78,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     rates = {"value": numbers.value_learning_rate} if numbers.value_learning_rate else None
 
     def on_step(step: int, figures: dict[str, float]) -> None:
+        source.look(figures)
         if step % source.steps_per_rollout == 0:
             figures |= source.figures | ({"rollout/passing": last_good.share} if last_good else {})
         snapshots.look(step)

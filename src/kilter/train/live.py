@@ -66,8 +66,9 @@ class LiveReference:
     def __init__(self, source: BatchSource, trunk: nn.Module) -> None:
         self._source, self._trunk = source, trunk
 
-    def next_step(self) -> Sequence[Batch]:
-        return with_live_reference(self._trunk, self._source.next_step())
+    def next_step(self) -> Sequence[Batch] | None:
+        batches = self._source.next_step()
+        return None if batches is None else with_live_reference(self._trunk, batches)
 
     def state_dict(self) -> dict[str, Any]:
         return self._source.state_dict()

@@ -25,8 +25,12 @@ from kilter.tree import Batch
 class BatchSource(Protocol):
     """Where the micro-batches of each step come from: records, rollouts, activations."""
 
-    def next_step(self) -> Sequence[Batch]:
-        """The next step's micro-batches; none where there is nothing more to learn from, and training ends."""
+    def next_step(self) -> Sequence[Batch] | None:
+        """The next step's micro-batches; none where there is nothing more to learn from, and training ends.
+
+        None: this step is left out. It counts, so that the schedule and all that goes by steps stay as planned, and
+        changes no weight and no moment.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -237,13 +241,13 @@ def fit(
     early_stop: EarlyStop | None = None,
     failures: Path | None = None,
 ) -> TrainState:
-    """Trains to `steps` updates, going on from the last checkpoint where there is one.
+    """Trains to `steps` steps, going on from the last checkpoint where there is one.
 
     A kill at any moment loses at most the steps since the last checkpoint; the same call then ends with the same bits.
     Rows that `on_step` wrote for lost steps are written again: drop those after `checkpoints.latest_step()` first.
 
     Args:
-        steps: number of updates in all, those of an earlier process included.
+        steps: number of steps in all, those of an earlier process and those that the source leaves out included.
         checkpoint_every: steps between checkpoints; one more is made at the end. 0: at the end only.
         also: other things with a state that training changes, saved and resumed under these names.
         on_step: called after each step with its number (from 1) and its figures.
@@ -262,10 +266,14 @@ def fit(
     while state.step < steps and not state.stopped:
         start = time.perf_counter()
         batches = source.next_step()
-        if not batches:
+        figures: dict[str, float] = {}
+        if batches is None:
+            state.step += 1
+        elif batches:
+            figures = train_step(state, objective, batches, max_grad_norm=max_grad_norm, failures=failures)
+        else:
             state.stopped = True
             break
-        figures = train_step(state, objective, batches, max_grad_norm=max_grad_norm, failures=failures)
         figures["seconds"] = time.perf_counter() - start
         ended = state.step == steps
         best_so_far = False
