@@ -112,8 +112,8 @@ class Algorithm:
             )
         if config.target_kl is not None and config.epochs * config.minibatches == 1:
             raise ConfigError(
-                f"policy.target_kl is {config.target_kl:g}, and a rollout is one step, by the very policy that sampled; "
-                "leave it out, or set epochs or minibatches above 1"
+                f"policy.target_kl is {config.target_kl:g}, and a rollout is one step, by the very policy that "
+                "sampled; leave it out, or set epochs or minibatches above 1"
             )
         return config.model_copy(
             update={
