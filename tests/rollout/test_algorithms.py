@@ -168,6 +168,7 @@ def test_what_is_left_open_is_the_algorithms_own() -> None:
         ("grpo", {"vf_coef": 0.1}, r"policy\.vf_coef is 0\.1, but grpo has no critic"),
         ("rloo", {"value_from_reward": False}, r"policy\.value_from_reward is False, but rloo has no critic"),
         ("grpo", {"kl_controller": "adaptive"}, "only a price in the reward is steered"),
+        ("grpo", {"critic_warmup": 1}, r"policy\.critic_warmup is 1, but grpo has no critic"),
         ("grpo", {"target_kl": 0.1, "epochs": 1, "minibatches": 1}, "a rollout is one step"),
         ("ppo", {"kl_estimator": "exact"}, "ppo pays for log-ratios of sampled tokens"),
     ],
@@ -193,3 +194,5 @@ def test_comparing_needs_two_answers() -> None:
     )
     with pytest.raises(ValueError, match="rloo compares responses to one prompt: num_samples must be at least 2"):
         RlStage.model_validate(given | {"algorithm": "rloo", "num_samples": 1})
+    with pytest.raises(ValueError, match="critic_warmup is 3 and rollouts 3: the policy would never learn"):
+        RlStage.model_validate(given | {"rollouts": 3, "policy": {"critic_warmup": 3}})

@@ -17,6 +17,7 @@ from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Message, Prompt, Sample, Score
 from kilter.rollout import PolicySource, Rollout
+from kilter.rollout.policy import CriticFirst
 from kilter.rollout.source import Verdict
 from kilter.train.checkpoint import CheckpointStore
 from kilter.train.loop import TrainState, fit, train_step
@@ -345,6 +346,52 @@ def test_a_killed_run_leaves_out_the_same_steps(at: int, make_trunk: Make, make_
     run(tmp_path / "cut", at, seed=0)
     again = run(tmp_path / "cut", 9, seed=99)
     assert whole[1] == again[1] and all(torch.equal(whole[0][name], again[0][name]) for name in whole[0])
+
+
+# The critic first ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["copies", "adapters"])
+def test_while_the_critic_warms_up_the_policy_stays_to_the_bit(kind: str, make_trunk: Make, make_source: Make) -> None:
+    """Weight decay and all: no weight and no moment of the policy moves, then both learn."""
+    trunk = make_trunk(kind)
+    source = make_source(trunk, ppo={"critic_warmup": 2, "kl_controller": "adaptive"})
+    objective = CriticFirst(OBJECTIVE, source)
+    optimizer = make_optimizer(trunk, objective.roles, learning_rate=5e-3, weight_decay=0.1)
+    state, rows = TrainState(trunk, optimizer), []
+    policy, value = trunk.parameters_of("policy"), trunk.parameters_of("value")
+    before = [[one.detach().clone() for one in own] for own in (policy, value)]
+    fit(state, objective, source, steps=8, on_step=lambda _, figures: rows.append(figures))
+    assert all(map(torch.equal, policy, before[0])) and not any(id(one) in map(id, optimizer.state) for one in policy)
+    assert not all(map(torch.equal, value, before[1]))
+    assert all("loss/policy" not in row and "policy/ratio" not in row and row["loss/value"] > 0 for row in rows)
+    assert source.controller.kl_coef == 0.01, "there was no KL to steer"
+    fit(state, objective, source, steps=12, on_step=lambda _, figures: rows.append(figures))
+    assert not any(map(torch.equal, policy, before[0])) and source.controller.kl_coef != 0.01
+    assert rows[8]["policy/ratio"] == pytest.approx(1, abs=1e-6)
+    assert {int(optimizer.state[one]["step"]) for one in policy} == {4}
+
+
+@pytest.mark.parametrize("at", [2, 4, 5])
+def test_a_run_killed_while_its_critic_warms_up_goes_on(
+    at: int, make_trunk: Make, make_source: Make, tmp_path: Path
+) -> None:
+    def run(folder: Path, steps: int, seed: int) -> dict[str, torch.Tensor]:
+        trunk = make_trunk()
+        source = make_source(trunk, seed=seed, ppo={"critic_warmup": 1})
+        objective = CriticFirst(OBJECTIVE, source)
+        fit(train_state(trunk), objective, source, steps=steps, checkpoints=CheckpointStore(folder))
+        return dict(trunk.state_dict())
+
+    whole = run(tmp_path / "whole", 6, seed=0)
+    run(tmp_path / "cut", at, seed=0)
+    again = run(tmp_path / "cut", 6, seed=99)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_critic_on_the_policys_own_weights_cannot_warm_up_alone(make_trunk: Make, make_source: Make) -> None:
+    with pytest.raises(ConfigError, match="value and policy share weights"):
+        make_source(make_trunk("head on the policy"), ppo={"critic_warmup": 1})
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -175,6 +175,7 @@ def test_a_critic_beside_a_loss_of_responses() -> None:
         ({"aggregate": "constant"}, "constant_length is 0"),
         ({"clip_range_high": 0.3}, "clip_range is not set"),
         ({"loss": "reinforce", "clip_range": 0.2}, "clips nothing"),
+        ({"value_alone": True}, "there is no critic"),
         ({"kl_estimator": "exact", "kl_corrected": True}, "'exact' takes none"),
     ],
 )

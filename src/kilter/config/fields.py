@@ -344,3 +344,5 @@ class PolicyConfig(Model):
     """Learning rate of the value function; none given: the policy's."""
     value_from_reward: bool = True
     """Start the value function from the reward model; otherwise from the policy."""
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
+    """First rollouts in which the value function alone learns; the policy stays what it is, to the bit."""

@@ -294,6 +294,11 @@ class RlStage(Stage):
     def _enough(self) -> Self:
         if self.compares and self.samples < 2:
             raise ValueError(f"{self.algorithm} compares responses to one prompt: num_samples must be at least 2")
+        if self.policy.critic_warmup >= self.rollouts:
+            raise ValueError(
+                f"policy.critic_warmup is {self.policy.critic_warmup} and rollouts {self.rollouts}: the policy would "
+                "never learn; set critic_warmup below rollouts"
+            )
         return self
 
 

@@ -15,7 +15,15 @@ from kilter.config import PolicyConfig
 from kilter.errors import ConfigError
 from kilter.train.policy import Aggregate, PolicyGradient, PolicyLoss
 
-CRITICS = ("clip_range_value", "vf_coef", "gamma", "gae_lambda", "value_learning_rate", "value_from_reward")
+CRITICS = (
+    "clip_range_value",
+    "vf_coef",
+    "gamma",
+    "gae_lambda",
+    "value_learning_rate",
+    "value_from_reward",
+    "critic_warmup",
+)
 """The numbers of a critic alone."""
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kilter.config import PolicyConfig
 from kilter.data.chat import ChatEncoder
@@ -19,7 +20,9 @@ from kilter.rollout.experience import READS, Measured, credit, figures, measure,
 from kilter.rollout.reward import KlController, RunningNorm
 from kilter.rollout.source import Drawing, RolloutSource, Scored
 from kilter.train.checks import check_first_ratio, check_signs, require
-from kilter.tree import Group, Response
+from kilter.train.objectives import LossOutput
+from kilter.train.policy import PolicyGradient
+from kilter.tree import Batch, Group, Response
 
 GAP_LIMIT = {torch.float32: 1e-2, torch.float64: 1e-2}
 """Largest difference allowed between sampling and training log-probs, nats, by the dtype that computes. Seen: 1e-5 in
@@ -77,6 +80,11 @@ class PolicySource(RolloutSource):
         require(*check_signs(self._paid, kl_penalty=self._price > 0))
 
     @property
+    def warming_up(self) -> bool:
+        """Of the rollout in use: the critic alone learns from it."""
+        return self.num_rollouts <= self.config.critic_warmup
+
+    @property
     def _price(self) -> float:
         """Of a nat of KL, paid away from the rewards."""
         return self.controller.kl_coef if self.config.kl_in == "reward" else 0.0
@@ -128,7 +136,8 @@ class PolicySource(RolloutSource):
         self.figures["rollout/unscored"] = float(len(self.rollouts) - len(rollouts))
         if self.config.target_kl is not None:
             self.figures["rollout/left_out"] = 0.0
-        self.controller.update(self.figures["rollout/kl_k1"])
+        if self.num_rollouts >= self.config.critic_warmup:  # before, no price moves the policy
+            self.controller.update(self.figures["rollout/kl_k1"])
 
     def look(self, figures: Mapping[str, float]) -> None:
         """Takes in what the last step's figures say, before the next one and before a checkpoint.
@@ -185,6 +194,12 @@ def _check(
                 f"{name} needs the roles {', '.join(reads)}; the trunk has {', '.join(sorted(trunk.roles))}: build it "
                 f"with a role {role!r}"
             )
+    shared = {id(one) for one in trunk.parameters_of("policy")}
+    if config.critic_warmup and any(id(one) in shared for one in trunk.parameters_of("value")):
+        raise ConfigError(
+            f"policy.critic_warmup is {config.critic_warmup}, and the roles value and policy share weights, which the "
+            "value would move; set it to 0, or give the value weights of its own"
+        )
     if not sampling.is_plain:
         raise ConfigError(
             f"sampling has temperature {sampling.temperature}, top_k {sampling.top_k}, top_p {sampling.top_p}, "
@@ -196,3 +211,24 @@ def _check(
             f"prompts_per_rollout is {prompts_per_rollout} and policy.minibatches is {config.minibatches}; a minibatch "
             "needs a prompt: raise the one or lower the other"
         )
+
+
+@dataclass(frozen=True)
+class CriticFirst:
+    """The objective of a source whose first rollouts the critic alone learns from (`PolicyConfig.critic_warmup`).
+
+    For one process: DDP waits for gradients of all weights that may train.
+    """
+
+    objective: PolicyGradient
+    source: PolicySource
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.objective.roles
+
+    def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
+        return replace(self.objective, value_alone=self.source.warming_up)(trunk, batch)
+
+    def finish(self, means: Mapping[str, float]) -> dict[str, float]:
+        return self.objective.finish(means)

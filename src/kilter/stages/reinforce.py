@@ -17,7 +17,7 @@ from kilter.models.save import save_causal_lm
 from kilter.records import PreferencePair, Prompt, Scorer, prompt_id
 from kilter.rollout.algorithms import ALGORITHMS
 from kilter.rollout.collect import Rollout
-from kilter.rollout.policy import PolicySource
+from kilter.rollout.policy import CriticFirst, PolicySource
 from kilter.rollout.reward import paid_rewards
 from kilter.rollout.source import Verdict
 from kilter.scorers.check import check_scorer
@@ -87,7 +87,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     state = train(
         context,
         trunk,
-        objective,
+        CriticFirst(objective, source) if numbers.critic_warmup else objective,
         source,
         stage.optim,
         steps,

@@ -104,6 +104,9 @@ class PolicyGradient:
     policy: str = "policy"
     value: str | None = None
     """The role of the critic; None: no critic."""
+    value_alone: bool = False
+    """Only the critic learns. The policy does not run and has no gradient at all: AdamW leaves such weights and their
+    moments as they are, where a gradient of 0 would let both decay."""
     reference: str = "reference"
     """The role that "exact" is measured to."""
 
@@ -119,6 +122,8 @@ class PolicyGradient:
             raise ConfigError(f"clip_range is {self.clip_range}, but the loss 'reinforce' clips nothing: leave it out")
         if self.kl_estimator == "exact" and self.kl_corrected:
             raise ConfigError("kl_corrected weighs samples, and kl_estimator 'exact' takes none: leave one of them out")
+        if self.value_alone and self.value is None:
+            raise ConfigError("value_alone is set and there is no critic; name the role of one as `value`")
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -130,6 +135,9 @@ class PolicyGradient:
         return self.kl_coef != 0 and self.kl_estimator != "exact"
 
     def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
+        if self.value_alone:
+            assert self.value is not None
+            return self._critic(trunk(batch.tree, {self.value: "values"})[self.value], batch)
         exact = self.kl_coef != 0 and self.kl_estimator == "exact"
         whole = ["entropy"] * (self.entropy_coef != 0) + [f"kl:{self.reference}"] * exact
         ask = {self.policy: "+".join(whole) or "logprobs"}
