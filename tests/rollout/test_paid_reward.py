@@ -13,7 +13,7 @@ from kilter.errors import CheckError
 from kilter.models.trunk import Trunk
 from kilter.rollout import PolicySource, experience
 from kilter.rollout.experience import Measured, pay
-from kilter.rollout.reward import KlController, RunningNorm, paid_rewards
+from kilter.rollout.reward import KlBudget, KlController, RunningNorm, paid_rewards
 
 
 def test_paid_rewards_by_hand() -> None:
@@ -93,3 +93,33 @@ def test_either_sign_turned_round_is_refused_before_any_rollout(
         make_source(make_trunk())
     if sign[0] > 0:  # without a penalty there is no sign of it to get wrong
         assert make_source(make_trunk(), ppo={"kl_coef": 0.0})
+
+
+def test_the_budget_by_hand() -> None:
+    """Budget 6 over 8 rollouts: 0.75 nats may be spent with each that was learned from."""
+    budget = KlBudget(0.1, 6.0, 8)
+    prices = []
+    for kl in (5.0, 0.9, 1.5, 2.1, 30.0, 3.0, 0.0, 0.0, 0.0):
+        budget.update(kl)
+        prices.append(budget.kl_coef)
+    risen = 0.1 * (0.9 / 0.75) * (1.5 / 1.5)
+    assert prices[0] == 0.1, "nothing was learned yet"
+    assert prices[1:3] == pytest.approx([0.1 * 1.2, risen])
+    assert prices[3] == pytest.approx(risen * 2.1 / 2.25)  # behind its time: down
+    assert prices[4] == pytest.approx(prices[3] * 1.5)  # the most that a rollout may
+    assert prices[5] == pytest.approx(prices[4] * 3.0 / 3.75)
+    assert prices[6:] == pytest.approx([0.1] * 3), "never below the start"
+    example = KlBudget(0.1, 6.0, 4, learned=1)
+    example.update(1.8)
+    assert example.kl_coef == pytest.approx(0.12)
+
+
+def test_the_budget_goes_on_where_it_was() -> None:
+    whole, other = KlBudget(0.1, 6.0, 8), KlBudget(0.1, 6.0, 8)
+    for kl in (0.0, 2.0, 4.0):
+        whole.update(kl)
+    other.load_state_dict(whole.state_dict())
+    for one in (whole, other):
+        for kl in (5.0, 0.1, 0.1, 0.1, 0.1):
+            one.update(kl)
+    assert whole == other and other.kl_coef == other.least == 0.1

@@ -18,6 +18,7 @@ from kilter.models.trunk import Trunk
 from kilter.records import Message, Prompt, Sample, Score
 from kilter.rollout import PolicySource, Rollout
 from kilter.rollout.policy import CriticFirst
+from kilter.rollout.reward import KlBudget
 from kilter.rollout.source import Verdict
 from kilter.train.checkpoint import CheckpointStore
 from kilter.train.loop import TrainState, fit, train_step
@@ -245,17 +246,41 @@ def test_the_adaptive_controller_moves_once_a_rollout(make_trunk: Make, make_sou
     assert coefficients == [0.1] * 4 + [pytest.approx(0.098)] * 4  # no KL yet: down by the most a rollout may
 
 
+def test_a_budget_is_kept_where_a_fixed_price_spends_more(make_trunk: Make, make_source: Make) -> None:
+    ends, prices = [], []
+    for controller in ("fixed", "budget"):
+        trunk = make_trunk()
+        numbers = {"kl_controller": controller, "kl_coef": 0.02, "kl_target": 3.0}
+        source = make_source(trunk, ppo=numbers, rollouts=15, **ROOMY)
+        seen = train(trunk, source, 60, 3e-3)
+        ends.append(seen[-1]["rollout/kl_exact"])
+        prices.append([row["rollout/kl_coef"] for row in seen])
+    assert ends[0] > 1.5 * 3.0 and ends[1] < 3.0
+    assert set(prices[0]) == {0.02} and min(prices[1]) == 0.02 < max(prices[1])
+
+
+def test_a_budget_counts_the_rollouts_in_which_the_policy_learns(make_trunk: Make, make_source: Make) -> None:
+    source = make_source(make_trunk(), ppo={"kl_controller": "budget", "critic_warmup": 2}, rollouts=5)
+    assert source.controller == KlBudget(0.01, 6.0, 3)
+    for changes in ({}, {"rollouts": 2}):
+        with pytest.raises(ConfigError, match="say how many `rollouts` the run has"):
+            make_source(make_trunk(), ppo={"kl_controller": "budget", "critic_warmup": 2}, **changes)
+
+
 # Going on ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("controller", ["adaptive", "budget"])
 @pytest.mark.parametrize("at", [1, 4, 6])
-def test_a_killed_run_goes_on_to_the_same_bits(at: int, make_trunk: Make, make_source: Make, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_bits(
+    at: int, controller: str, make_trunk: Make, make_source: Make, tmp_path: Path
+) -> None:
     """Killed in the middle of an epoch (1), at a rollout's end (4) and later (6); through real checkpoint files."""
-    config = {"kl_controller": "adaptive"}
+    config = {"kl_controller": controller, "kl_target": 1e-6}
 
     def run(folder: Path, steps: int, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, Any]]:
         trunk = make_trunk()
-        source = make_source(trunk, seed=seed, ppo=config)
+        source = make_source(trunk, seed=seed, ppo=config, rollouts=3)
         fit(train_state(trunk), OBJECTIVE, source, steps=steps, checkpoints=CheckpointStore(folder))
         return dict(trunk.state_dict()), source.figures, source.state_dict()
 

@@ -302,9 +302,10 @@ class PolicyConfig(Model):
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k3"
     """What estimates the KL in the loss (Schulman 2020); k1 there holds nothing. `exact` sums over the vocabulary at
     each position, for a forward of the reference in every step."""
-    kl_controller: Literal["fixed", "adaptive"] | None = None
+    kl_controller: Literal["fixed", "adaptive", "budget"] | None = None
     """`adaptive` steers `kl_coef` to keep the KL near `kl_target` (Ziegler et al. 2019); of a price in the reward it is
-    the default."""
+    the default. `budget` raises it as the KL is ahead of the share of the rollouts, to end within `kl_target`,
+    and never lowers it below what it is given as."""
     kl_target: Annotated[float, Field(gt=0)] = 6.0
     """KL from the reference to steer to, nats a response."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0

@@ -108,15 +108,20 @@ class Algorithm:
         low, high = self.clip if config.loss in (None, self.loss) else (None, None)
         kl_in = config.kl_in or self.kl_in
         controller = config.kl_controller or ("adaptive" if kl_in == "reward" else "fixed")
-        if kl_in == "loss" and controller == "adaptive":
+        if kl_in == "loss" and controller != "fixed":
             raise ConfigError(
-                "policy.kl_controller is adaptive and policy.kl_in is loss; only a price in the reward is steered: set "
-                "kl_controller to fixed, or kl_in to reward"
+                f"policy.kl_controller is {controller} and policy.kl_in is loss; only a price in the reward is "
+                "steered: set kl_controller to fixed, or kl_in to reward"
             )
         if kl_in == "reward" and config.kl_estimator == "exact":
             raise ConfigError(
                 f"policy.kl_estimator is exact and policy.kl_in is reward, where {name} pays for log-ratios of "
                 "sampled tokens; leave kl_estimator out, or set kl_in to loss"
+            )
+        if controller == "budget" and config.kl_coef == 0:
+            raise ConfigError(
+                "policy.kl_controller is budget and policy.kl_coef is 0, which no factor raises; set kl_coef to the "
+                "least price"
             )
         if config.target_kl is not None and config.epochs * config.minibatches == 1:
             raise ConfigError(

@@ -17,7 +17,7 @@ from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Scorer
 from kilter.rollout.algorithms import ALGORITHMS, grouped
 from kilter.rollout.experience import READS, Measured, credit, figures, measure, pay, sampler_gap, with_credit
-from kilter.rollout.reward import KlController, RunningNorm
+from kilter.rollout.reward import KlBudget, KlController, RunningNorm
 from kilter.rollout.source import Drawing, RolloutSource, Scored
 from kilter.train.checks import check_first_ratio, check_signs, require
 from kilter.train.objectives import LossOutput
@@ -44,6 +44,7 @@ class PolicySource(RolloutSource):
         sampling: the policy's own distribution: ratios are of its own probabilities.
         config: its numbers, resolved (`Algorithm.resolved`).
         algorithm: a name in `ALGORITHMS`.
+        rollouts: of the whole run; for `kl_controller: budget`.
         drawing: see `RolloutSource`.
     Raises:
         ConfigError: a number that the algorithm cannot work with. DataError: no prompt fits into the model.
@@ -58,6 +59,7 @@ class PolicySource(RolloutSource):
         *,
         config: PolicyConfig,
         algorithm: str = "ppo",
+        rollouts: int | None = None,
         **drawing: Unpack[Drawing],
     ) -> None:
         self._algorithm = ALGORITHMS[algorithm]
@@ -74,8 +76,7 @@ class PolicySource(RolloutSource):
             reads=reads,
             **drawing,
         )
-        adaptive = config.kl_controller == "adaptive"
-        self.controller = KlController(config.kl_coef, config.kl_target if adaptive else None)
+        self.controller = _controller(config, rollouts)
         self.norm = RunningNorm()
         require(*check_signs(self._paid, kl_penalty=self._price > 0))
 
@@ -137,7 +138,8 @@ class PolicySource(RolloutSource):
         if self.config.target_kl is not None:
             self.figures["rollout/left_out"] = 0.0
         if self.num_rollouts >= self.config.critic_warmup:  # before, no price moves the policy
-            self.controller.update(self.figures["rollout/kl_k1"])
+            steered_by = "kl_exact" if self.config.kl_controller == "budget" else "kl_k1"
+            self.controller.update(self.figures[f"rollout/{steered_by}"])
 
     def look(self, figures: Mapping[str, float]) -> None:
         """Takes in what the last step's figures say, before the next one and before a checkpoint.
@@ -178,6 +180,18 @@ class PolicySource(RolloutSource):
         super().load_state_dict(state)
         self.controller.load_state_dict(state["controller"])
         self.norm.load_state_dict(state["norm"])
+
+
+def _controller(config: PolicyConfig, rollouts: int | None) -> KlController | KlBudget:
+    if config.kl_controller != "budget":
+        return KlController(config.kl_coef, config.kl_target if config.kl_controller == "adaptive" else None)
+    learning = (rollouts or 0) - config.critic_warmup
+    if learning <= 0:
+        raise ConfigError(
+            f"policy.kl_controller is budget, of {rollouts} rollouts, {config.critic_warmup} of them for the critic; "
+            "the budget is spread over those in which the policy learns: say how many `rollouts` the run has"
+        )
+    return KlBudget(config.kl_coef, config.kl_target, learning)
 
 
 def _check(

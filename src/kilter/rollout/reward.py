@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ KL_GAIN = 0.1
 """How fast the adaptive controller moves: Ziegler et al.'s K_beta. One rollout moves the coefficient by at most 2%."""
 KL_ERROR_LIMIT = 0.2
 """Relative errors beyond this count as this."""
+BUDGET_LIMIT = 1.5
+"""One rollout multiplies or divides the budget's price by at most this."""
 
 
 def paid_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, leaf: Tensor, *, kl_coef: float) -> Tensor:
@@ -103,3 +105,44 @@ class KlController:
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         self.kl_coef = float(state["kl_coef"])
+
+
+@dataclass
+class KlBudget:
+    """The price of a nat of KL, steered so that a whole run ends within its budget.
+
+    With a share s = t / T of the run's T rollouts learned from, s of the budget may be spent:
+
+        spent   = kl / budget
+        kl_coef = max(least, kl_coef clip(spent / s, 1 / 1.5, 1.5))            once a rollout, from t = 1 on
+
+    So the price rises in proportion to how far the spending is ahead of its time, goes on rising until it is held,
+    falls where it is behind, and is never below that of the start, `least`. It aims and cannot promise. The rule is
+    ours; `KlController` lets a run spend its whole target at once, this leaves some to the end. Price 0.1, budget 6, a
+    quarter of the rollouts: a KL of 1.8 gives 0.12; of 1.5 or less 0.1.
+    """
+
+    kl_coef: float
+    budget: float
+    """Nats an answer, at the end."""
+    rollouts: int
+    """T."""
+    learned: int = 0
+    """t."""
+    least: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.least = self.kl_coef
+
+    def update(self, kl: float) -> None:
+        """`kl`: mean over the answers of a rollout, nats an answer, before anything is learned from it."""
+        if self.learned:
+            ahead = kl / self.budget * self.rollouts / self.learned
+            self.kl_coef = max(self.least, self.kl_coef * min(max(ahead, 1 / BUDGET_LIMIT), BUDGET_LIMIT))
+        self.learned += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl_coef, "learned": self.learned}
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        self.kl_coef, self.learned = float(state["kl_coef"]), int(state["learned"])

@@ -66,6 +66,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         sampling=sampling_of(stage.sampling),
         config=numbers,
         algorithm=stage.algorithm,
+        rollouts=stage.rollouts,
         prompts_per_rollout=stage.prompts_per_rollout,
         num_samples=stage.samples,
         generator=context.generator("rollouts"),
