@@ -170,6 +170,12 @@ def test_samples_of_one_prompt_differ_and_repeat_under_a_seed() -> None:
     assert [answer.ids for answer in twice[0]] != [answer.ids for answer in twice[1]]
 
 
+def test_nothing_asked_for_is_nothing_drawn() -> None:
+    trunk = policy_trunk(model_of("llama"))
+    assert sample(trunk, []) == []
+    assert sample(trunk, [[3], [4]], num_samples=0) == [[], []]
+
+
 def test_the_end_token_at_once_is_an_answer_and_no_end_token_is_none() -> None:
     trunk = policy_trunk(model_of("llama"))
     for group in sample(trunk, some_prompts(), stop_ids=range(VOCAB)):

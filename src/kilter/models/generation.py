@@ -210,6 +210,8 @@ def _draw_all(decoded: CachedRows | SharedRows, request: _Request, batch_size: i
     seen: Tensor | None = None
     last_steps: deque[int] = deque()  # of what was admitted together, when the last of it has met its limit
     for step in count():
+        if not (len(rows) or request.waiting):
+            return
         free = batch_size - len(rows)
         if request.waiting and (not len(rows) or free >= ADMITTED_SHARE * batch_size):
             prompts, owner, numbers = request.take(free)
@@ -231,8 +233,6 @@ def _draw_all(decoded: CachedRows | SharedRows, request: _Request, batch_size: i
             while last_steps and last_steps[0] <= step:
                 last_steps.popleft()
             if not len(rows):
-                if not request.waiting:
-                    return
                 continue
         if seen is not None:
             seen[torch.arange(len(rows), device=device), token] = True
