@@ -12,6 +12,7 @@ from kilter import data, world
 from kilter.cli import main
 from kilter.cli.main import COMMANDS
 
+REWARDED = ["--model", "m", "--reward", "r", "--prompts", "p"]
 PAIRS = ["--model", "m", "--data", "d"]
 NAMES = [name for commands in COMMANDS.values() for name in commands]
 
@@ -53,6 +54,11 @@ def test_help_loads_no_torch(words: list[str]) -> None:
         (["sft", "--model", "m", "--data", "d", "--epochs", "many"], ["--epochs", "many"]),
         (["sft", "--model", "m"], ["--data", "must be given"]),
         (["prefer", *PAIRS, "--loss.beta", "nan"], ["loss.", "beta", "nan", "finite"]),
+        (
+            ["rl", *REWARDED, "--algorithm", "gppo"],
+            ["rl: --algorithm is 'gppo'; choose one of ppo, grpo", "reinforce++"],
+        ),
+        (["rl", *REWARDED, "--algorithm", "rloo", "--num-samples", "1"], ["rl: rloo compares", "at least 2"]),
         (["sfft"], ["'sfft'", "'sft'"]),
         (["losses", "simp"], ["'simp'", "'simpo'"]),
         (["prefer", *PAIRS, "--loss.gamma"], ["--loss.gamma", "needs a value"]),

@@ -126,7 +126,7 @@ _INVALID = r"Error parsing (\S+): \d+ validation errors? for \S+ (\S+) (.*?) \[t
 
 def _one_line(box: str, prog: str) -> str:
     """tyro's boxed message as one line, without the option's help text. The box is ASCII where the terminal is."""
-    lines = [re.sub(r"[│╭╮╰╯|+]", " ", line) for line in box.splitlines()]
+    lines = [re.sub(r"^\s*[│╭╮╰╯|+]|[│╭╮╰╯|+]\s*$", " ", line) for line in box.splitlines()]
     parts = [" ".join(part.strip("─- ").split()) for part in re.split(r"[─-]{4,}", "\n".join(lines))]
     text_of_box = " ".join(parts)
     unknown = next((part for part in parts if part.startswith("Unrecognized options: ")), "")
@@ -136,6 +136,10 @@ def _one_line(box: str, prog: str) -> str:
         text = f"no option {unknown.split()[2].rstrip(',')}" + (f"; did you mean {near[1]}?" if near else "")
     elif missing:
         text = f"{', '.join(re.findall(r'(?<=[ ])(--[a-z.-]+) ', missing)).replace('.path', '')} must be given"
+    elif choice := re.search(r"invalid choice (\S+) for argument '(\S+)'\. Expected one of \((.*?)\)", text_of_box):
+        text = f"{choice[2]} is {choice[1]}; choose one of {choice[3].replace(chr(39), '')}"
+    elif rule := re.search(r"validation errors? for \S+ Value error, (.*?) \[type=", text_of_box):  # of several options
+        text = rule[1]
     elif invalid := re.search(_INVALID, text_of_box):
         where = invalid[2] if invalid[1].endswith("Options") else f"{invalid[1]}.{invalid[2]}"
         text = f"{where} is {invalid[4]}; {invalid[3][0].lower()}{invalid[3][1:]}"
