@@ -33,7 +33,8 @@ from kilter.models.build import policy_trunk
 from kilter.models.generation import NativeSampler
 from kilter.models.sampling import Sampling, Stops, draw_seeds
 from kilter.models.trunk import Trunk
-from kilter.tree import Group, Response, make_batches, split_by_response
+from kilter.train.reference import with_reference
+from kilter.tree import Group, Response
 from preferences import PAD, SIZES, has_bfloat16, lengths, model_of
 
 SAMPLES = 4
@@ -81,19 +82,16 @@ def sampler_gap(trunk: Trunk, prompts: list[list[int]], limits: torch.Tensor) ->
     seeds = draw_seeds(torch.Generator().manual_seed(0), *limits.shape)
     sampling = Sampling(max_new_tokens=int(limits.max()))
     drawn = sampler.sample(prompts, seeds, sampling=sampling, stops=Stops(()), limits=limits)
-    numbered = iter(range(limits.numel()))
     groups = [
-        Group(tuple(prompt), tuple(Response(one.ids, per_response={"at": float(next(numbered))}) for one in row))
+        Group(tuple(prompt), tuple(Response(one.ids) for one in row))
         for prompt, row in zip(prompts, drawn, strict=True)
     ]
-    answers, largest = [one for row in drawn for one in row], 0.0
-    for batch in make_batches(groups, row_tokens=1024, batch_tokens=1024):
-        with torch.no_grad():
-            logprobs = trunk(batch.tree, {"policy": "logprobs"})["policy"]
-        places = batch.extras["at"].long().tolist()
-        for place, part in zip(places, split_by_response(logprobs, batch.tree.leaf, len(places)), strict=True):
-            largest = max(largest, float((part - torch.tensor(answers[place].logprobs)).abs().max()))
-    return largest
+    trained = with_reference(trunk, groups, role="policy", pad_id=PAD, name="logprobs")
+    return max(
+        float((torch.tensor(one.logprobs) - response.per_token["logprobs"]).abs().max())
+        for row, group in zip(drawn, trained, strict=True)
+        for one, response in zip(row, group.responses, strict=True)
+    )
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from kilter.errors import ConfigError
 from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.rollout import PolicySource
-from kilter.rollout.algorithms import ALGORITHMS, Paid
+from kilter.rollout.algorithms import ALGORITHMS, Paid, by_critic, by_what_is_to_come
 from kilter.train.loop import TrainState, train_step
 from kilter.train.optimizer import make_optimizer
 
@@ -27,6 +27,10 @@ Make = Callable[..., Any]
 
 def test_the_recipe_knows_the_table() -> None:
     assert set(get_args(RlStage.model_fields["algorithm"].annotation)) == set(ALGORITHMS)
+    given = {"model": "m", "reward": "r", "prompts": "p"}
+    alone = (by_critic, by_what_is_to_come)
+    for name, one in ALGORITHMS.items():
+        assert RlStage.model_validate(given | {"algorithm": name}).compares == (one.credit not in alone)
     assert {name for name, one in ALGORITHMS.items() if one.loss not in get_args(get_args(loss_type())[0])} == set()
 
 

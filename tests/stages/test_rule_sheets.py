@@ -108,6 +108,24 @@ def test_answers_to_one_prompt_are_compared_without_a_critic(
     assert "three models: policy, reference, reward" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "grpo", "policy": {"vf_coef": 0.1}}, r"policy\.vf_coef is 0\.1, but grpo has no critic"),
+        ({"algorithm": "raft", "policy": {"clip_range": 0.2}}, "'reinforce' clips nothing"),
+        ({"sampling": {"min_p": 0.1}}, r"min_p 0\.1 .* set temperature 1"),
+        ({"prompts_per_rollout": 1}, r"prompts_per_rollout is 1 and policy\.minibatches is 2"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused_before_any_work(
+    changes: dict[str, Any], message: str, sheet: Path, prompts: Path, tmp_path: Path
+) -> None:
+    stages = {"first": rl(sheet, prompts), "then": rl(sheet, prompts, **changes)}
+    with pytest.raises(ConfigError, match=rf"stages\.then: .*{message}"):
+        kilter.align({"stages": stages}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("make", [rl, online])
 def test_a_wrong_sheet_is_refused_before_any_work(make: Any, sheet: Path, prompts: Path, tmp_path: Path) -> None:
     sheet.write_text(SHEET.replace("longest: 4", "longest: 4, rump: 3"))

@@ -8,32 +8,22 @@ from typing import Annotated
 from pydantic import Field
 
 from kilter.cli.options import parse
-from kilter.config import Model
+from kilter.config import DecodingConfig
 from kilter.errors import ConfigError, visible
 
 UNFINISHED = "\ufffd"
 """What the first bytes of a letter look like before the last has come."""
 
 
-class ChatOptions(Model):
+class ChatOptions(DecodingConfig):
     """Talk to a model. An empty line forgets the conversation; Ctrl-D leaves."""
 
-    system: str = ""
-    """A system message to begin with."""
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """Divides the logits; 0 is greedy."""
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """Keep the k most likely tokens; 0: all."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Keep the smallest set of tokens of at least this probability."""
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Keep tokens at least this share as likely as the likeliest; 0: all."""
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Makes words that the conversation holds already less likely; 1: no."""
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts that end an answer."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 256
     """Length limit of an answer, tokens."""
+    system: str = ""
+    """A system message to begin with."""
     seed: Annotated[int, Field(ge=0)] = 0
     """The same seed and the same words give the same answers."""
 
@@ -60,15 +50,7 @@ def run(command: str, argv: list[str]) -> int:
 
     encoder = ChatEncoder(load_tokenizer(argv[0]))
     sampler = NativeSampler(policy_trunk(load_model(argv[0])), "policy")
-    sampling = Sampling(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        max_new_tokens=options.max_new_tokens,
-        stop=options.stop,
-    )
+    sampling = Sampling.of(options)
     stops = Stops(encoder.stop_ids, sampling.stop, decode=encoder.decode)
     generator = torch.Generator().manual_seed(options.seed)
     opening = (Message("system", options.system),) if options.system else ()

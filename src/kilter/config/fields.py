@@ -164,8 +164,8 @@ class AuditConfig(Model):
     """The words that are put into copies, where English ones say little: a JSON file, or `package.module:name`."""
 
 
-class SamplingConfig(Model):
-    """How responses are drawn."""
+class DecodingConfig(Model):
+    """How a response is drawn."""
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Divides the logits; 0 is greedy."""
@@ -181,6 +181,11 @@ class SamplingConfig(Model):
     """Texts that end a response."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 64
     """Length limit, tokens."""
+
+
+class SamplingConfig(DecodingConfig):
+    """How responses are drawn, many at once."""
+
     batch_size: Annotated[int, Field(gt=0)] = 256
     """Responses drawn at once. Fixed by the recipe, so that a resumed run draws the same bits."""
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kilter.errors import ModelError
 from kilter.models.attention import text_config
-from kilter.models.decoding import KEPT_SHARE
+from kilter.models.decoding import without_dead
 
 COLUMN_BLOCK = 16
 """A cache grows by this many tokens at a time."""
@@ -53,7 +53,7 @@ class CachedRows:
         """One more token of every row; the logits after it, float32[rows, V]."""
         parts, start = [], 0
         for chunk in self._chunks:
-            own = token[start : start + len(chunk.padding)]
+            own = token[start : start + len(chunk)]
             start += len(own)
             parts.append(self._forward(own[:, None], chunk, chunk.length))
             chunk.length += 1
@@ -61,20 +61,8 @@ class CachedRows:
 
     def keep(self, alive: Tensor) -> Tensor | None:
         """Drops dead rows where that pays: `alive` bool[rows]; the places of those that stay, None: all stay."""
-        kept, start, chunks = [], 0, []
-        for chunk in self._chunks:
-            own = alive[start : start + len(chunk.padding)]
-            places = own.nonzero()[:, 0]
-            if len(places) <= KEPT_SHARE * len(own):
-                chunk.keep(places)
-            else:
-                places = torch.arange(len(own), device=own.device)
-            kept.append(places + start)
-            start += len(own)
-            chunks += [chunk] if len(places) else []
-        self._chunks = chunks
-        found = torch.cat(kept)
-        return None if len(found) == len(alive) else found
+        self._chunks, kept = without_dead(self._chunks, alive)
+        return kept
 
     def _forward(self, tokens: Tensor, chunk: _Chunk, start: int) -> Tensor:
         """Logits [rows, vocabulary] after `tokens` int[rows, q], whose first stands in column `start`."""
@@ -98,11 +86,14 @@ class _Chunk:
     def __init__(self, padding: Tensor, length: int, cache: Any) -> None:
         self.padding, self.length, self.cache = padding, length, cache
 
-    def keep(self, rows: Tensor) -> None:
+    def __len__(self) -> int:
+        return len(self.padding)
+
+    def keep(self, kept: Tensor) -> None:
         """Leaves these rows, in this order; a row may stand several times."""
-        self.padding = self.padding[rows]
+        self.padding = self.padding[kept]
         for layer in self.cache.layers:
-            layer.keep(rows)
+            layer.keep(kept)
 
 
 def _columns(length: int) -> int:

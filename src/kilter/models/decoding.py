@@ -13,7 +13,7 @@ transformers' own cache (`cached`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,44 @@ FIRST_COLUMNS = 32
 """Room for so many tokens of an answer at first; it doubles."""
 
 
+class Together(Protocol):
+    """Rows that decode from one cache."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def keep(self, kept: Tensor) -> None:
+        """Leaves these rows, int[m], in order."""
+        ...
+
+
+T = TypeVar("T", bound=Together)
+
+
+def without_dead(parts: Sequence[T], alive: Tensor) -> tuple[list[T], Tensor | None]:
+    """Drops dead rows where that pays, part by part, and parts that are dead altogether.
+
+    Args:
+        alive: bool[rows], of all parts one after the other.
+    Returns:
+        (the parts that are left, the places int[m] of the rows that stay; None: all stay).
+    """
+    left, kept, start = [], [], 0
+    for part in parts:
+        own = alive[start : start + len(part)]
+        places = own.nonzero()[:, 0]
+        if 0 < len(places) <= KEPT_SHARE * len(own):
+            part.keep(places)
+        elif len(places):
+            places = torch.arange(len(own), device=own.device)
+        kept.append(places + start)
+        start += len(own)
+        left += [part] if len(places) else []
+    found = torch.cat(kept)
+    return left, None if len(found) == len(alive) else found
+
+
 class Cohort:
     """Answers that began together, to prompts of like length.
 
@@ -50,6 +88,9 @@ class Cohort:
         self._own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [rows, heads, columns, size]
         self._hidden: dict[int | None, Tensor | None] = {}
         self._lay()
+
+    def __len__(self) -> int:
+        return len(self.owner)
 
     def _lay(self) -> None:
         """Where each row stands among the answers of its prompt: [prompts, most answers], as if all had as many."""
@@ -182,7 +223,7 @@ class Decoding:
             return self._prompts(layer, query, key, value, scale, window)
         out, start = [], 0
         for cohort in self.cohorts:
-            here = slice(start, start + len(cohort.owner))
+            here = slice(start, start + len(cohort))
             asked, new_key, new_value = (states[0, :, here].transpose(0, 1) for states in (query, key, value))
             out.append(cohort.attend(layer, asked, new_key, new_value, scale, window))
             start = here.stop
@@ -298,17 +339,5 @@ class SharedRows:
 
     def keep(self, alive: Tensor) -> Tensor | None:
         """Drops dead rows where that pays: `alive` bool[rows]; the places of those that stay, None: all stay."""
-        kept, start, cohorts = [], 0, []
-        for cohort in self._cohorts:
-            own = alive[start : start + len(cohort.owner)]
-            places = own.nonzero()[:, 0]
-            if 0 < len(places) <= KEPT_SHARE * len(own):
-                cohort.keep(places)
-            elif len(places):
-                places = torch.arange(len(own), device=own.device)
-            kept.append(places + start)
-            start += len(own)
-            cohorts += [cohort] if len(places) else []
-        self._cohorts = cohorts
-        found = torch.cat(kept)
-        return None if len(found) == len(alive) else found
+        self._cohorts, kept = without_dead(self._cohorts, alive)
+        return kept

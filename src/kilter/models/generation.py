@@ -61,6 +61,10 @@ class NativeSampler:
     def __init__(self, trunk: Trunk, role: str, *, batch_size: int = 256) -> None:
         self._trunk, self._role, self._batch_size = trunk, role, batch_size
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self._trunk.parameters()).device
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
@@ -78,7 +82,7 @@ class NativeSampler:
             ModelError: a prompt leaves no room in the model's positions, the model has no key-value cache, or its
                 log-probs are not numbers.
         """
-        request = _Request(prompts, seeds, limits, sampling, stops)
+        request = _Request(prompts, seeds.to(self._device), limits, sampling, stops)
         for _ in self._steps(request):
             pass
         return request.completions()
@@ -88,22 +92,21 @@ class NativeSampler:
 
         Until it is exhausted or closed the role's adapter is in place and gradients are off, for the caller too.
         """
-        request = _Request([prompt], torch.tensor([[seed]]), None, sampling, stops)
+        request = _Request([prompt], torch.tensor([[seed]], device=self._device), None, sampling, stops)
         for _ in self._steps(request):
             yield request.answer(0)
 
     def _steps(self, request: _Request) -> Iterator[None]:
-        with _ready(self._trunk, self._role) as (model, device):
+        with _ready(self._trunk, self._role) as model:
             _check(model, request.prompts, request.sampling.max_new_tokens)
             inner: Any = decoder(model)
             kinds = attention_kinds(inner)
             rows = CachedRows(model) if isinstance(kinds, str) or not kinds.segments else SharedRows(model, inner)
-            request.to(device)
             yield from _draw_all(rows, request, self._batch_size)
 
 
 @contextmanager
-def _ready(trunk: Trunk, role: str) -> Iterator[tuple[nn.Module, torch.device]]:
+def _ready(trunk: Trunk, role: str) -> Iterator[nn.Module]:
     """The role's model with its adapter in place, in evaluation mode and without gradients; as it was, afterwards."""
     with trunk.acting_as(role) as model, torch.no_grad():
         device = next(model.parameters()).device
@@ -111,7 +114,7 @@ def _ready(trunk: Trunk, role: str) -> Iterator[tuple[nn.Module, torch.device]]:
         model.eval()  # gradient checkpointing switches the cache off in training mode
         try:
             with trunk.lowered(), trunk.autocast(device):
-                yield model, device
+                yield model
         finally:
             model.train(was_training)
 
@@ -137,20 +140,15 @@ class _Request:
     ) -> None:
         self.prompts, self.sampling, self.stops = prompts, sampling, stops
         self._per_prompt = seeds.shape[1]
-        rows, steps = seeds.numel(), sampling.max_new_tokens
-        self.points = uniforms(seeds.flatten(), steps)
-        self.limits = torch.full((rows,), steps) if limits is None else limits.flatten()
-        self.ids = torch.zeros((rows, steps + 1), dtype=torch.long)  # rows that have ended write into the last column
-        self.logprobs = torch.zeros((rows, steps + 1))
-        self.lengths = torch.zeros(rows, dtype=torch.long)
-        self.finished = torch.zeros(rows, dtype=torch.bool)
+        flat, steps = seeds.flatten(), sampling.max_new_tokens
+        self.points = uniforms(flat, steps)
+        self.limits = torch.full_like(flat, steps) if limits is None else limits.flatten().to(flat.device)
+        self.ids = flat.new_zeros((len(flat), steps + 1))  # rows that have ended write into the last column
+        self.logprobs = torch.zeros_like(self.ids, dtype=torch.float32)
+        self.lengths = torch.zeros_like(flat)
+        self.finished = torch.zeros_like(flat, dtype=torch.bool)
         self._order = sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt]))
         self._taken = 0
-
-    def to(self, device: torch.device) -> None:
-        """Moves what is drawn from and into."""
-        for name in ("points", "limits", "ids", "logprobs", "lengths", "finished"):
-            setattr(self, name, getattr(self, name).to(device))
 
     @property
     def waiting(self) -> bool:

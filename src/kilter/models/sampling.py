@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kilter.config import DecodingConfig
 from kilter.errors import ConfigError
 
 BLOCK = 256
@@ -53,6 +54,11 @@ class Sampling:
         for name, (value, holds, rule) in rules.items():
             if not holds:
                 raise ConfigError(f"sampling.{name} is {value}; it must be {rule}")
+
+    @classmethod
+    def of(cls, config: DecodingConfig) -> Sampling:
+        """As a recipe or a command line says it."""
+        return cls(**{name: getattr(config, name) for name in DecodingConfig.model_fields})
 
     @property
     def is_plain(self) -> bool:

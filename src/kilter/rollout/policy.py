@@ -65,7 +65,8 @@ class PolicySource(RolloutSource):
         self._algorithm = ALGORITHMS[algorithm]
         self.config = config = self._algorithm.resolved(algorithm, config)
         reads = [role for role in READS if self._algorithm.critic or role != "value"]
-        _check(algorithm, trunk, reads, drawing["sampling"], config, drawing["prompts_per_rollout"])
+        _check_roles(algorithm, trunk, reads, config)
+        check_numbers(algorithm, config, drawing["sampling"], drawing["prompts_per_rollout"])
         super().__init__(
             trunk,
             encoder,
@@ -194,14 +195,7 @@ def _controller(config: PolicyConfig, rollouts: int | None) -> KlController | Kl
     return KlBudget(config.kl_coef, config.kl_target, learning)
 
 
-def _check(
-    name: str,
-    trunk: Trunk,
-    reads: Sequence[str],
-    sampling: Sampling,
-    config: PolicyConfig,
-    prompts_per_rollout: int,
-) -> None:
+def _check_roles(name: str, trunk: Trunk, reads: Sequence[str], config: PolicyConfig) -> None:
     for role in reads:
         if role not in trunk.roles:
             raise ConfigError(
@@ -214,6 +208,10 @@ def _check(
             f"policy.critic_warmup is {config.critic_warmup}, and the roles value and policy share weights, which the "
             "value would move; set it to 0, or give the value weights of its own"
         )
+
+
+def check_numbers(name: str, config: PolicyConfig, sampling: Sampling, prompts_per_rollout: int) -> None:
+    """Refuses with a ConfigError what does not go together, whatever the models are."""
     if not sampling.is_plain:
         raise ConfigError(
             f"sampling has temperature {sampling.temperature}, top_k {sampling.top_k}, top_p {sampling.top_p}, "

@@ -2,7 +2,8 @@
 
 from kilter.stages.plan import plan
 from kilter.stages.prefer import check_losses
+from kilter.stages.reinforce import check_algorithms
 from kilter.stages.run import run_recipe
 from kilter.stages.scoring import check_rewards
 
-__all__ = ["check_losses", "check_rewards", "plan", "run_recipe"]
+__all__ = ["check_algorithms", "check_losses", "check_rewards", "plan", "run_recipe"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kilter import data
-from kilter.config import BestOfNStage, CollectStage, SamplingConfig
+from kilter.config import BestOfNStage, CollectStage
 from kilter.data.agree import agreement_of
 from kilter.data.convert import ranking_of
 from kilter.data.judgements import verdicts
@@ -29,12 +29,6 @@ AGREEMENT = "agreement.json"
 SHARE = 512  # prompts answered between two lines of progress
 
 
-def sampling_of(config: SamplingConfig) -> Sampling:
-    """A recipe's sampling as the sampler takes it."""
-    numbers = config.model_dump(exclude={"batch_size", "stop"})
-    return Sampling(stop=tuple(config.stop), **numbers)
-
-
 def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
     """k responses to each prompt, judged: rankings.jsonl and judgements.jsonl, feedback.jsonl, or ratings.jsonl."""
     equipment = equip(context, stage.model)
@@ -51,7 +45,7 @@ def run_collect(context: Context, stage: CollectStage) -> dict[str, Any]:
             equipment.encoder,
             prompts[at : at + SHARE],
             num_samples=stage.num_samples,
-            sampling=sampling_of(stage.sampling),
+            sampling=Sampling.of(stage.sampling),
             generator=generator,
         )
         texts += [[rollout.text for rollout in row] for row in drawn]

@@ -21,7 +21,6 @@ from kilter.models.trunk import Trunk
 from kilter.records import Demonstration, Prompt, Sample, Scorer
 from kilter.rollout.best_of_n import best_of_n, best_of_n_kl
 from kilter.rollout.collect import Rollout, collect, token_log_ratios
-from kilter.stages.collect import sampling_of
 from kilter.stages.context import Context
 from kilter.stages.scoring import chooser_of, reward_of, scorer_of
 
@@ -68,7 +67,7 @@ class Evaluation:
         self.context, self.stage = context, stage
         self.folder = context.run.path / "evaluation"
         self.prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
-        self.sampling: Sampling = sampling_of(stage.sampling)
+        self.sampling: Sampling = Sampling.of(stage.sampling)
         reference = context.model(stage.reference)
         proxy = None if stage.reward is None else scorer_of(reward_of(context, stage.reward))
         self.judges = Judges(

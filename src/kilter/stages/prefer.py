@@ -15,12 +15,12 @@ from kilter.models.build import policy_trunk
 from kilter.models.generation import NativeSampler
 from kilter.models.load import load_model, load_tokenizer
 from kilter.models.roles import Role, add_adapter
+from kilter.models.sampling import Sampling
 from kilter.models.save import save_causal_lm
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt
 from kilter.rollout.pairs import PairSource
 from kilter.stages.audit import check_audit
-from kilter.stages.collect import sampling_of
 from kilter.stages.context import Context
 from kilter.stages.heaviest import write_heaviest
 from kilter.stages.probe import run_probe
@@ -176,7 +176,7 @@ def run_online(context: Context, stage: OnlineStage) -> Figures:
         prompts,
         scorer,
         sampler=NativeSampler(trunk, "policy", batch_size=stage.sampling.batch_size),
-        sampling=sampling_of(stage.sampling),
+        sampling=Sampling.of(stage.sampling),
         prompts_per_rollout=stage.prompts_per_round,
         num_samples=stage.num_samples,
         epochs=stage.epochs,

@@ -10,32 +10,54 @@ import torch
 from torch import Tensor
 
 from kilter import data
-from kilter.config import OnlineStage, RlStage
+from kilter.config import OnlineStage, PolicyConfig, Recipe, RlStage
+from kilter.errors import ConfigError
 from kilter.models.build import policy_trunk, ppo_trunk
 from kilter.models.generation import NativeSampler
+from kilter.models.sampling import Sampling
 from kilter.models.save import save_causal_lm
 from kilter.records import PreferencePair, Prompt, Scorer, prompt_id
 from kilter.rollout.algorithms import ALGORITHMS
 from kilter.rollout.collect import Rollout
-from kilter.rollout.policy import CriticFirst, PolicySource
+from kilter.rollout.policy import CriticFirst, PolicySource, check_numbers
 from kilter.rollout.reward import paid_rewards
 from kilter.rollout.source import Verdict
 from kilter.scorers.check import check_scorer
 from kilter.stages.audit import check_audit
-from kilter.stages.collect import sampling_of
 from kilter.stages.context import HELD_OUT, Context
 from kilter.stages.scoring import is_model, reward_of, scorer_of
 from kilter.stages.snapshots import Snapshots, snapshot_places
 from kilter.stages.training import Equipment, check_trunk, compute_dtype, equip, lora_of, train
 from kilter.train.checks import check_signs, require
+from kilter.train.policy import PolicyGradient
 from kilter.tree import Group, Response
+
+
+def check_algorithms(recipe: Recipe) -> None:
+    """Refuses a recipe whose numbers an algorithm cannot work with, before any work.
+
+    Raises:
+        ConfigError: see `Algorithm.resolved`, `PolicyGradient` and `check_numbers`; with the stage.
+    """
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, RlStage):
+            try:
+                numbers, _ = _planned(stage)
+                check_numbers(stage.algorithm, numbers, Sampling.of(stage.sampling), stage.prompts_per_rollout)
+            except ConfigError as err:
+                raise ConfigError(f"stages.{name}: {err}") from err
+
+
+def _planned(stage: RlStage) -> tuple[PolicyConfig, PolicyGradient]:
+    """The stage's numbers with nothing left open, and what it minimises."""
+    algorithm = ALGORITHMS[stage.algorithm]
+    numbers = algorithm.resolved(stage.algorithm, stage.policy)
+    return numbers, algorithm.objective(numbers, longest=stage.sampling.max_new_tokens)
 
 
 def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     """Policy gradients; the model at the start is the reference."""
-    algorithm = ALGORITHMS[stage.algorithm]
-    numbers = algorithm.resolved(stage.algorithm, stage.policy)
-    objective = algorithm.objective(numbers, longest=stage.sampling.max_new_tokens)
+    numbers, objective = _planned(stage)
     equipment = equip(context, stage.model)
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
     reward = reward_of(context, stage.reward)
@@ -45,7 +67,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     value_from = reward if numbers.value_from_reward and is_model(reward) else None
     held: dict[str, Any] = {"lora": lora_of(stage.lora), "generator": context.generator("adapters")}
     held["compute_dtype"] = dtype
-    if algorithm.critic:
+    if objective.value is not None:
         trunk = ppo_trunk(equipment.folder, value_from, **held)
     else:
         trunk = policy_trunk(equipment.folder, reference=True, **held)
@@ -63,7 +85,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         prompts,
         scorer,
         sampler=NativeSampler(trunk, "policy", batch_size=stage.sampling.batch_size),
-        sampling=sampling_of(stage.sampling),
+        sampling=Sampling.of(stage.sampling),
         config=numbers,
         algorithm=stage.algorithm,
         rollouts=stage.rollouts,

@@ -22,7 +22,7 @@ from kilter.stages.evaluate import Evaluation
 from kilter.stages.inputs import fingerprints
 from kilter.stages.prefer import check_losses, run_online, run_prefer
 from kilter.stages.progress import Watch
-from kilter.stages.reinforce import run_rl
+from kilter.stages.reinforce import check_algorithms, run_rl
 from kilter.stages.rewards import run_reward
 from kilter.stages.scoring import check_rewards
 from kilter.stages.summary import evaluate, write_summary
@@ -86,6 +86,7 @@ def run_recipe(recipe: Recipe, out: Path, *, watch: Watch | None = None) -> RunD
     """
     check_losses(recipe)
     check_rewards(recipe)
+    check_algorithms(recipe)
     prepare(recipe)
     environment = {
         "seed": recipe.seed,
