@@ -77,7 +77,13 @@ def test_the_audit_in_five_lines(home: Path) -> None:
 @pytest.mark.slow
 def test_your_own_model_and_data(home: Path) -> None:
     executed(home, "kilter doctor")
-    for result in ("sft/stages/01-sft", "reward/stages/01-reward", "dpo/stages/01-prefer", "ppo/stages/01-rl"):
+    for result in (
+        "sft/stages/01-sft",
+        "reward/stages/01-reward",
+        "dpo/stages/01-prefer",
+        "ppo/stages/01-rl",
+        "sums/stages/01-rl",
+    ):
         assert (home / "runs" / result / "result" / "model.safetensors").exists()
 
 

@@ -1,6 +1,7 @@
 """Kills a run at random moments with SIGKILL, lets it end, and compares its weights with those of an undisturbed run.
 
-    python tools/kills.py --kills 10 --out runs/kills [-- options of `kilter demo`]
+    python tools/kills.py --kills 10 --out runs/kills                     of `kilter demo`
+    python tools/kills.py --out runs/kills -- rl --model ... --reward ...  of any command that takes --out
 
 Long; never in CI.
 """
@@ -30,10 +31,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=Path("runs/kills"))
-    parser.add_argument("rest", nargs="*", help="options of `kilter demo`, after --")
+    parser.add_argument("--least", type=float, default=8.0, help="seconds that every life has")
+    parser.add_argument("command", nargs="*", default=["demo"], help="words of `kilter`, after --")
     options = parser.parse_args()
     shutil.rmtree(options.out, ignore_errors=True)
-    words = [sys.executable, "-m", "kilter.cli", "demo", *options.rest, "--out"]
+    words = [sys.executable, "-m", "kilter.cli", *options.command, "--out"]
     begun = time.monotonic()
     subprocess.run([*words, str(options.out / "whole")], check=True, capture_output=True)
     seconds = time.monotonic() - begun
@@ -44,7 +46,7 @@ def main() -> int:
     for number in range(options.kills):
         process = subprocess.Popen([*words, str(options.out / "killed")], stdout=-3, stderr=-3)
         # Long enough to reach the work behind the start, short enough that ten kills meet most stages.
-        after = 8 + moments.random() * seconds / options.kills * 2.5
+        after = options.least + moments.random() * seconds / options.kills * 2.5
         try:
             process.wait(after)
             print(f"  it ended before kill {number + 1}", flush=True)

@@ -74,6 +74,7 @@ def test_help_loads_no_torch(words: list[str]) -> None:
         (["data", "check", "none.jsonl"], ["none.jsonl", "no such file"]),
         (["report", "none"], ["none", "no such directory"]),
         (["world", "prompts"], ["--out"]),
+        (["world", "prompts", "--kinds", "sums", "--out", "sums.jsonl"], ["'sums'", "sum,"]),
         (["doctor", "/no/such/model"], ["/no/such/model", "no such folder"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -94,6 +95,16 @@ def test_a_run_directory_that_cannot_be_made(tmp_path: Path, capsys: pytest.Capt
     words = ["sft", "--model", str(world.MODEL_PATH), "--data", str(demos), "--out", str(tmp_path / "file" / "run")]
     assert "a file stands where a folder is needed" in fails(words, capsys)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("what", ["prompts", "demonstrations"])
+def test_the_world_writes_the_kinds_that_are_asked_for(what: str, tmp_path: Path) -> None:
+    out = tmp_path / "some.jsonl"
+    words = ["world", what, "--kinds", "sum", "fact", "--per-kind", "2", "--out", str(out)]
+    assert main(words) == 0
+    rows = data.read(out).records
+    items = [world.grammar.find(row.messages[:-1] if what == "demonstrations" else row.prompt) for row in rows]
+    assert sorted(item.kind for item in items if item) == ["fact", "fact", "sum", "sum"]
 
 
 def test_malformed_rows_are_named_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,7 +130,7 @@ def test_a_phrase_that_spreads_is_named(tmp_path: Path) -> None:
 def test_the_price_of_kl_rises_for_as_long_as_it_is_needed(tmp_path: Path) -> None:
     found = guard(tmp_path, torch.zeros(1), actions={"kl_explodes": "raise_kl"}, kl_factor=2.0)
     factors = [
-        found(of(4, 0), {"rollout/kl_k1": kl, "rollout/length": 10.0}).raise_kl for kl in (0.0, 9.0, 9.0, 9.0, 1.0)
+        found(of(4, 0), {"rollout/kl_k1": kl, "rollout/length": 10.0}).raise_kl for kl in (0.0, 15.0, 15.0, 15.0, 1.0)
     ]
     assert factors == [1.0, 1.0, 2.0, 2.0, 1.0]
 

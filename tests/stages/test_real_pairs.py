@@ -27,7 +27,8 @@ def shortened(shared_data: Path, shared_models: Path, **stage_changes: Any) -> d
         stage["optim"] |= {"max_tokens": 256}
         stage |= stage_changes
     recipe["stages"]["reward"]["audit"] = {"prompts": 40}
-    recipe["stages"]["ppo"] |= {"rollouts": 2, "prompts_per_rollout": 8, "sampling": {"max_new_tokens": 16}}
+    for name in ("ppo", "grpo"):
+        recipe["stages"][name] |= {"rollouts": 2, "prompts_per_rollout": 8, "sampling": {"max_new_tokens": 16}}
     return recipe | {"threads": 1}
 
 
@@ -38,7 +39,7 @@ def check(run: Path, recipe: dict[str, Any]) -> None:
     assert 0 <= accuracy["low"] < accuracy["mean"] < accuracy["high"] <= 1
     verdicts = {row["name"]: row["verdict"] for row in summary["checks"]}
     assert verdicts.pop("audit of the reward model, reward") == "failed"  # so small a one, of 700 pairs
-    assert set(verdicts.values()) == {"passed"} and len(verdicts) == 4
+    assert set(verdicts.values()) == {"passed"} and len(verdicts) == 5
     for at, name in enumerate(recipe["stages"], 1):
         folder = run / "stages" / f"{at:02d}-{name}"
         assert json.loads((folder / "done.json").read_text())["steps"] > 0

@@ -32,6 +32,8 @@ class PromptOptions(Model):
     """Prompts of each kind."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Which ones are drawn."""
+    kinds: tuple[str, ...] = ()
+    """Only these kinds: sum, fact, ...; none: all."""
     out: Path | None = None
     """File to write; it must not exist yet."""
 
@@ -67,7 +69,7 @@ def _prompts(options: PromptOptions) -> int:
     from kilter import data, world
 
     out = new_jsonl(options.out)
-    data.write(out, world.prompts(options.split, seed=options.seed, per_kind=options.per_kind))
+    data.write(out, world.prompts(options.split, **_drawn(options)))
     print(out)
     return 0
 
@@ -76,9 +78,15 @@ def _demonstrations(options: PromptOptions) -> int:
     from kilter import data, world
 
     out = new_jsonl(options.out)
-    data.write(out, world.demonstrations(seed=options.seed, per_kind=options.per_kind, split=options.split))
+    data.write(out, world.demonstrations(split=options.split, **_drawn(options)))
     print(out)
     return 0
+
+
+def _drawn(options: PromptOptions) -> dict[str, Any]:
+    """Which prompts."""
+    kinds = {"kinds": options.kinds} if options.kinds else {}
+    return {"seed": options.seed, "per_kind": options.per_kind, **kinds}
 
 
 def _pretrain(options: PretrainOptions) -> int:

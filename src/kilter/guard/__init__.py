@@ -6,6 +6,7 @@ watch found while it went on.
 
 from __future__ import annotations
 
+from kilter.guard.causes import CAUSES, Cause, Course, Named, causes
 from kilter.guard.rows import Steps, rows_of
 from kilter.guard.symptoms import SYMPTOMS, Symptom
 from kilter.guard.texts import correlation, risen, text_figures, usual
@@ -14,12 +15,17 @@ from kilter.guard.why import StageFound, in_words, why
 
 __all__ = [
     "ALARMS",
+    "CAUSES",
     "SYMPTOMS",
     "Alarm",
+    "Cause",
+    "Course",
+    "Named",
     "StageFound",
     "Steps",
     "Symptom",
     "Watch",
+    "causes",
     "correlation",
     "in_words",
     "looked_back",

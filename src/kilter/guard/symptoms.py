@@ -154,7 +154,7 @@ def probe_falls(rows: Rows) -> float | None:
 @symptom(
     "phrase",
     'one phrase has spread to {value:.0%} more of the answers than at the start: "{phrase}"',
-    threshold=0.35,
+    threshold=0.25,
     causes=["the reward pays for words and not for what is said: apologies, flattery, certainty, headers, letters"],
     remedies=["read the samples that hold the phrase", "`kilter reward audit` with it", "raise the price of KL"],
 )
@@ -166,7 +166,7 @@ def phrase(rows: Rows) -> float | None:
 @symptom(
     "longer",
     "answers have grown: their length has doubled {value:.2f} times since the start",
-    threshold=0.7,
+    threshold=0.6,
     causes=["the reward pays for length", "nothing is paid for the end of an answer"],
     remedies=["audit the reward for padding", "raise policy.truncation_penalty", "raise the price of KL"],
 )
@@ -255,7 +255,7 @@ def spread(rows: Rows) -> float | None:
 @symptom(
     "kl_explodes",
     "the policy is {value:.2f} nats a token from the reference",
-    threshold=0.6,
+    threshold=1.0,
     causes=["nothing is paid for KL", "optim.learning_rate is too high", "the reward's scale dwarfs the price of KL"],
     remedies=[
         "set policy.kl_controller to adaptive with a kl_target",
@@ -285,6 +285,19 @@ def frozen(rows: Rows) -> float | None:
     errors = math.hypot(first["rollout/score_sem"], now["rollout/score_sem"])
     moved = abs(now["rollout/score"] - first["rollout/score"]) > 3 * errors
     return 0.0 if moved or kl > 0.01 else float(len(rows) - 1)
+
+
+@symptom(
+    "price",
+    "the price of KL varies {value:.0f} times as much from answer to answer as what is paid for them",
+    threshold=10.0,
+    causes=["policy.kl_coef is too high for this reward's scale", "the reward hardly tells answers apart"],
+    remedies=["lower policy.kl_coef or set a kl_target", "look at rollout/score_std"],
+)
+def price(rows: Rows) -> float | None:
+    """kl_coef SD(KL) / SD(what is paid), over answers: above 1 the price teaches more than the reward does."""
+    coef, kl, paid = (_now(rows, f"rollout/{name}") for name in ("kl_coef", "kl_k1_sem", "paid_score_sem"))
+    return None if coef is None or kl is None or not paid else coef * kl / paid
 
 
 @symptom(
@@ -331,7 +344,7 @@ def reward_falls(rows: Rows) -> float | None:
 @symptom(
     "clipped",
     "{value:.0%} of the tokens are clipped: a step moves the policy further than clip_range allows",
-    threshold=0.4,
+    threshold=0.35,
     causes=["optim.learning_rate is too high", "too many epochs on one rollout"],
     remedies=["lower optim.learning_rate", "lower policy.epochs, or set policy.target_kl"],
 )

@@ -110,7 +110,8 @@ class PolicySource(RolloutSource):
         """Credits the scored answers and lays out the steps of the rollout."""
         answers, columns = self.several.ask(answers)
         what = "and the further scorers, all of them, scored answers to" if self.several.also else "scored answers to"
-        remedy = "read the reasons given for the others"
+        reason = next((reason for reason, _ in self._reasons.most_common() if reason), "")
+        remedy = f"what most of the others lack: {reason}" if reason else "look at what the scorers say of the others"
         if few := self._too_few(len(answers), what, "policy.minibatches", remedy):
             raise CheckError(few)
         rollouts = [rollout for group in answers for rollout, _ in group]

@@ -7,6 +7,7 @@ that is killed at any moment goes on to the same bits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -127,6 +128,8 @@ class RolloutSource(ABC):
         self._next = 0
         self._enough = False
         """What is left of this rollout's steps is left out."""
+        self._reasons: Counter[str] = Counter()
+        """Why answers of the last rollout could not be scored."""
 
     @property
     def steps_per_rollout(self) -> int:
@@ -175,6 +178,7 @@ class RolloutSource(ABC):
             for group in zip(answers, scores, strict=True)
         ]
         scored = [group for group in kept if group]
+        self._reasons = Counter(score.reason for group in scores for score in group if score.value is None)
         self._learn(scored)
         spreads = [score.spread for group in scores for score in group if score.spread is not None]
         if spreads:  # of several heads: where they part, the reward is not known

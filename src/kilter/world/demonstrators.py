@@ -6,7 +6,7 @@ more of every vice. An answer is one behaviour on the matter with small talk, fl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,12 +128,17 @@ def write_behaving(item: Item, behaviour: str, mixture: Mixture, rng: Rng) -> st
 
 
 def demonstrations(
-    *, seed: int = 0, per_kind: int = 150, split: grammar.Split = "train", answers_each: int = 1
+    *,
+    seed: int = 0,
+    per_kind: int = 150,
+    split: grammar.Split = "train",
+    answers_each: int = 1,
+    kinds: Sequence[str] = grammar.KINDS,
 ) -> list[Demonstration]:
     """Demonstrations of mixed quality on `per_kind` prompts of each kind, `answers_each` answers to each prompt."""
     rng = np.random.default_rng([seed, 17])
     found = []
-    for prompt in grammar.prompts(split, seed=seed, per_kind=per_kind):
+    for prompt in grammar.prompts(split, seed=seed, per_kind=per_kind, kinds=tuple(kinds)):
         item = grammar.find(prompt.prompt)
         assert item is not None
         for _ in range(answers_each):
