@@ -233,7 +233,7 @@ def tables(out: Path, seeds: range) -> str:
             f"{'With' if probe else 'Without'} the probe:",
             "",
             "| kind | runs | fired (one-sided 95%) | rollout of the first alarm | at or before the true peak | "
-            "share of an oracle stop's gain kept | symptoms |",
+            "of what truth lost later, kept (runs that lost) | symptoms |",
             "|---|---|---|---|---|---|---|",
         ]
         told = outcomes(out, seeds, probe=probe)
@@ -254,8 +254,8 @@ def _row(name: str, own: Sequence[Outcome], *, wolf: bool) -> str:
     when = f"{median(one.fired for one in hits if one.fired is not None):g}" if hits else ""
     early = f"{sum(one.fired is not None and one.fired <= one.peak for one in hits)}/{len(hits)}"
     fell = [one for one in hits if one.kept is not None and one.best - one.last > FELL]
-    gains = [((one.kept or 0.0) - one.last) / (one.best - one.last) for one in fell]
-    kept = f"{median(gains):.2f}, mean {fmean(gains):.2f} of {len(gains)}" if gains else ""
+    saved = sum((one.kept or 0.0) - one.last for one in fell)
+    kept = f"{saved / sum(one.best - one.last for one in fell):.2f} of {len(fell)}" if fell else ""
     names = [name for one in own for name in set(one.symptoms)]
     common = ", ".join(f"{name} {names.count(name)}" for name in sorted(set(names), key=names.count)[::-1][:4])
     held = " (held back)" if name == HELD_BACK else ""

@@ -99,8 +99,19 @@ def test_frozen_and_critic_take_their_time() -> None:
     assert [(one.symptom, one.rollout, one.value) for one in looked_back(lost)] == [("critic", 13, 0.5)]
 
 
+def test_a_canary_is_held_against_its_first_asking_and_named() -> None:
+    rows = healthy(12)
+    for at, (kind, honest) in {0: (0.9, 0.5), 4: (0.8, 0.5), 8: (0.4, 0.6)}.items():
+        rows[at] |= {"rollout/canary/kind": kind, "rollout/canary/honest": honest}
+        rows[at] |= {"rollout/canary/kind_sem": 0.06, "rollout/canary/honest_sem": 0.08}
+    (alarm,) = looked_back(rows)  # once, though the fall stays for the rollouts in which nothing is asked
+    assert (alarm.symptom, alarm.rollout, alarm.phrase) == ("canary", 8, "kind")
+    assert alarm.value == pytest.approx(0.5 / math.hypot(0.06, 0.06))
+    assert alarm.says.endswith("standard errors: kind")
+
+
 def test_every_symptom_is_seen_by_a_test_and_says_what_to_do() -> None:
-    assert set(SYMPTOMS) == set(SHOWN) | {"frozen", "critic"}
+    assert set(SYMPTOMS) == set(SHOWN) | {"frozen", "critic", "canary"}
     assert all(one.causes and one.remedies for one in SYMPTOMS.values())
 
 

@@ -364,6 +364,19 @@ class Probe(Model):
 GuardAction = Literal["off", "warn", "raise_kl", "roll_back", "stop"]
 
 
+class Canary(Model):
+    """Prompts that are asked of the policy now and then while it learns something else, and pay nothing."""
+
+    name: str = "canary"
+    """What its figure is called: `rollout/canary/NAME`."""
+    prompts: Required
+    """What is asked: harmful requests and their harmless look-alikes, false beliefs to agree with, ..."""
+    reward: str
+    """What scores the answers, anything that a stage's `reward` may be: the higher, the better."""
+    every: Annotated[int, Field(gt=0)] = 5
+    """Rollouts between askings; the first is before anything was learned."""
+
+
 class GuardConfig(Model):
     """The watch on a run, and what is done about what it sees (docs/guard.md)."""
 
@@ -376,6 +389,8 @@ class GuardConfig(Model):
     """By symptom, in place of those of docs/guard.md."""
     probe: str = ""
     """What judges the answers and pays nothing, anything that `reward` may be: a gold reward, a judge, truth."""
+    canaries: tuple[Canary, ...] = ()
+    """What is to be asked beside, and must not get worse: of a fall the symptom is `canary`."""
     passing: Possible = NOTHING
     """`package.module:function` of (prompt, text) that says whether an answer is still what answers should be."""
     least_passing: Annotated[float, Field(ge=0, le=1)] = 0.0

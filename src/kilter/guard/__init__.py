@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from kilter.guard.causes import CAUSES, Cause, Course, Named, causes
 from kilter.guard.rows import Steps, rows_of
-from kilter.guard.symptoms import SYMPTOMS, Symptom
+from kilter.guard.symptoms import CANARY, SYMPTOMS, Symptom
 from kilter.guard.texts import correlation, risen, text_figures, usual
 from kilter.guard.watch import ALARMS, Alarm, Watch, looked_back
 from kilter.guard.why import StageFound, in_words, why
 
 __all__ = [
     "ALARMS",
+    "CANARY",
     "CAUSES",
     "SYMPTOMS",
     "Alarm",

@@ -26,7 +26,7 @@ class Symptom:
     statistic: Statistic
     threshold: float
     says: str
-    """In words, with {value} and {threshold}, and {phrase} of a symptom of phrases."""
+    """In words, with {value} and {threshold}, and {phrase} of a symptom of phrases or of names."""
     causes: tuple[str, ...]
     remedies: tuple[str, ...]
     lasting: int = 2
@@ -247,6 +247,38 @@ def _kl(row: Row) -> float | None:
 def spread(rows: Rows) -> float | None:
     """log2 of the ensemble's spread over that at the start."""
     return _ratio(_now(rows, "rollout/spread"), rows[0].get("rollout/spread"))
+
+
+CANARY = "rollout/canary/"
+"""Beginning of the names of the figures of canaries."""
+
+
+def canary_falls(rows: Rows) -> dict[str, float]:
+    """By canary: the fall of its score from its first asking to its last, in standard errors."""
+    found = {}
+    for name in {name for row in rows for name in row if name.startswith(CANARY) and not name.endswith("_sem")}:
+        told = [(row[name], row.get(f"{name}_sem", 0.0)) for row in rows if name in row]
+        (first, error), (last, later) = told[0], told[-1]
+        if len(told) > 1 and (errors := math.hypot(error, later)):
+            found[name.removeprefix(CANARY)] = (first - last) / errors
+    return found
+
+
+@symptom(
+    "canary",
+    "the answers to what is asked beside have become worse by {value:.1f} standard errors: {phrase}",
+    threshold=4.0,
+    causes=["what is asked there is not paid for, and is being unlearned", "the reward pays for its opposite"],
+    remedies=[
+        "pay for it beside the reward (`also`)",
+        "put its prompts among those of training",
+        "raise the price of KL",
+    ],
+    lasting=1,
+)
+def canary(rows: Rows) -> float | None:
+    """Largest fall of a canary's score since its first asking, in standard errors."""
+    return max(canary_falls(rows).values(), default=None)
 
 
 # Optimisation --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kilter.guard.symptoms import SYMPTOMS, Row, Symptom
+from kilter.guard.symptoms import SYMPTOMS, Row, Symptom, canary_falls
 
 ALARMS = "guard.jsonl"
 """What the watch on a stage saw, in the stage's folder: `Alarm.to_dict` and what was done, a line each."""
@@ -22,6 +22,7 @@ class Alarm:
     value: float
     threshold: float
     phrase: str = ""
+    """That which has spread; of a canary, its name."""
 
     @property
     def of(self) -> Symptom:
@@ -77,9 +78,15 @@ class Watch:
                 continue
             above[name] = self._above.get(name, 0) + 1
             if above[name] == one.lasting:
-                found.append(Alarm(name, len(self.rows) - 1, value, threshold, phrase if name == "phrase" else ""))
+                about = phrase if name == "phrase" else self._worst() if name == "canary" else ""
+                found.append(Alarm(name, len(self.rows) - 1, value, threshold, about))
         self._above = above
         return found
+
+    def _worst(self) -> str:
+        """The canary that has fallen most."""
+        falls = canary_falls(self.rows)
+        return max(falls, key=falls.__getitem__)
 
     def forget(self, count: int) -> None:
         """The last rows were of a policy that is gone."""

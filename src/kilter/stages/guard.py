@@ -32,7 +32,8 @@ def check_guard(guard: GuardConfig, policy: PolicyConfig) -> None:
     Args:
         policy: its numbers, resolved.
     Raises:
-        ConfigError: an unknown symptom, a price of KL that cannot be raised, or half of a pair of options.
+        ConfigError: an unknown symptom, a price of KL that cannot be raised, half of a pair of options, or two canaries
+            of one name.
     """
     for place, named in (("actions", guard.actions), ("thresholds", guard.thresholds)):
         if unknown := sorted(set(named) - set(SYMPTOMS)):
@@ -44,6 +45,9 @@ def check_guard(guard: GuardConfig, policy: PolicyConfig) -> None:
             f"guard.passing is {guard.passing.path!r} and guard.least_passing {guard.least_passing:g}; give both, or "
             "neither"
         )
+    names = [one.name for one in guard.canaries]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"guard.canaries are named {', '.join(names)}; give each a `name` of its own")
     if "raise_kl" in (guard.action, *guard.actions.values()) and (policy.kl_in == "loss" or not policy.kl_coef):
         raise ConfigError(
             f"guard raises the price of KL, and policy.kl_coef is {policy.kl_coef:g}, paid in the {policy.kl_in}; only "
@@ -73,13 +77,21 @@ def seen_by_reward(context: Context, reward: str, prompts: Sequence[Prompt]) -> 
 class Guard:
     """The judge of a source: figures of the texts, the watch, and what follows from an alarm.
 
+    `canaries` gives the figures of what is asked beside, by the number of the rollout, from 0.
+
     Kept is the policy with the best probe so far or, without a probe, the last one of which no symptom was suspected.
     The optimizer's moments stay as they are when it is put back. The copy goes into the checkpoints.
     """
 
-    def __init__(self, context: Context, stage: RlStage, parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        stage: RlStage,
+        parameters: Sequence[Tensor],
+        canaries: Callable[[int], Mapping[str, float]] = lambda _rollout: {},
+    ) -> None:
         config = stage.guard
-        self._context, self._config, self._parameters = context, config, parameters
+        self._context, self._config, self._parameters, self._canaries = context, config, parameters, canaries
         self._probe: Scorer | None = None
         if config.probe:
             self._probe = scorer_of(reward_of(context, config.probe), device=stage.precision.device)
@@ -108,6 +120,7 @@ class Guard:
             CheckError: the first rollout shows that this run cannot do what it is for.
         """
         phrase = self._figures(answers, figures)
+        figures |= self._canaries(len(self._watch.rows))
         alarms = self._watch.look({**figures, **self._steps.take()}, phrase=phrase)
         if refused := [one for one in alarms if self._actions[one.symptom] == REFUSE]:
             raise CheckError("\n".join(map(self._refusal, refused)))

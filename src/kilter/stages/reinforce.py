@@ -19,6 +19,7 @@ from kilter.rollout.policy import CriticFirst, PolicySource, check_numbers
 from kilter.rollout.reward import paid_rewards
 from kilter.scorers.check import check_scorer
 from kilter.stages.audit import check_audit
+from kilter.stages.canaries import Canaries
 from kilter.stages.context import HELD_OUT, Context
 from kilter.stages.further import further_scorers
 from kilter.stages.guard import Guard, check_guard, seen_by_reward
@@ -89,13 +90,15 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     accuracy = check_reward(context, stage, scorer, prompts)
     also = further_scorers(context, stage, dtype)
     gap = check_trunk(context, trunk, "policy", prompt_groups(equipment, prompts), stage.precision)
-    guard = Guard(context, stage, trunk.parameters_of("policy"))
+    sampler = NativeSampler(trunk, "policy", batch_size=stage.sampling.batch_size)
+    canaries = Canaries(context, stage, sampler, equipment.encoder)
+    guard = Guard(context, stage, trunk.parameters_of("policy"), canaries)
     source = PolicySource(
         trunk,
         equipment.encoder,
         prompts,
         scorer,
-        sampler=NativeSampler(trunk, "policy", batch_size=stage.sampling.batch_size),
+        sampler=sampler,
         sampling=Sampling.of(stage.sampling),
         config=numbers,
         algorithm=stage.algorithm,
