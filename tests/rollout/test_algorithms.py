@@ -174,6 +174,8 @@ def test_what_is_left_open_is_the_algorithms_own() -> None:
         ("grpo", {"kl_controller": "adaptive"}, "only a price in the reward is steered"),
         ("grpo", {"kl_controller": "budget"}, "only a price in the reward is steered"),
         ("rloo", {"kl_controller": "budget", "kl_coef": 0.0}, "which no factor raises"),
+        ("ppo", {"kl_coef": -0.1}, r"kl_controller adaptive; a bonus is paid in the reward alone"),
+        ("grpo", {"kl_coef": -0.1}, "kl_in loss and kl_controller fixed; a bonus is paid"),
         ("grpo", {"critic_warmup": 1}, r"policy\.critic_warmup is 1, but grpo has no critic"),
         ("grpo", {"target_kl": 0.1, "epochs": 1, "minibatches": 1}, "a rollout is one step"),
         ("ppo", {"kl_estimator": "exact"}, "ppo pays for log-ratios of sampled tokens"),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kilter.config import PolicyConfig
+from kilter.config import PolicyConfig, RlStage
 from kilter.errors import CheckError
 from kilter.models.trunk import Trunk
 from kilter.records import Score
@@ -95,8 +95,22 @@ def test_either_sign_turned_round_is_refused_before_any_rollout(
     monkeypatch.setattr(experience, "paid_rewards", planted)
     with pytest.raises(CheckError, match=message):
         make_source(make_trunk())
+    [verdict] = make_source(make_trunk(), signs="ignore").turned  # said, and trained nevertheless
+    assert verdict.startswith(message)
     if sign[0] > 0:  # without a penalty there is no sign of it to get wrong
         assert make_source(make_trunk(), ppo={"kl_coef": 0.0})
+
+
+def test_a_bonus_for_leaving_the_reference_goes_by_its_own_name(
+    make_source: Callable[..., PolicySource], make_trunk: Callable[..., Trunk]
+) -> None:
+    with pytest.raises(CheckError, match="sign of the KL"):
+        make_source(make_trunk(), ppo={"kl_coef": -0.1})
+    assert make_source(make_trunk(), ppo={"kl_coef": 0.1}, signs="ignore").turned == []
+    given = {"model": "m", "reward": "r", "prompts": "p", "policy": {"kl_coef": -0.1, "kl_controller": "fixed"}}
+    with pytest.raises(ValueError, match=r"policy\.kl_coef is -0\.1: a bonus for leaving the reference"):
+        RlStage.model_validate(given)
+    assert RlStage.model_validate(given | {"signs": "ignore"}).policy.kl_coef == -0.1
 
 
 def test_the_budget_by_hand() -> None:

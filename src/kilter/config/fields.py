@@ -427,8 +427,9 @@ class PolicyConfig(Model):
         "gae_lambda": (0.8, 1.0),
     }
 
-    kl_coef: Annotated[float, Field(ge=0)] = 0.05
-    """Price of a nat of log-ratio to the reference, in units of the score; 0 takes the brake off."""
+    kl_coef: float = 0.05
+    """Price of a nat of log-ratio to the reference, in units of the score; 0 takes the brake off. Below 0 it is a
+    bonus, which is refused unless the stage's `signs` is `ignore`."""
     kl_in: Literal["reward", "loss"] | None = None
     """Where it is paid: away from each token's reward, or as a term of the loss."""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k3"

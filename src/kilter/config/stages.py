@@ -280,6 +280,9 @@ class RlStage(Stage):
     audit: Literal["heed", "ignore"] = "heed"
     """What to do about a reward model's audit (`kilter reward audit`): training is refused when it failed or is of
     other weights, unless it is ignored. A model without one is warned of."""
+    signs: Literal["heed", "ignore"] = "heed"
+    """What to do about a KL that is paid for instead of priced (`policy.kl_coef` below 0): the run is refused, or, to
+    see what becomes of it, goes on and keeps the verdict in its done.json."""
     rollouts: Annotated[int, Field(gt=0)] = 50
     """How many times the policy is sampled."""
     prompts_per_rollout: Annotated[int, Field(gt=0)] = 64
@@ -313,6 +316,11 @@ class RlStage(Stage):
             raise ValueError(f"two of `also` are called {twice[0]!r}: give each a `name` of its own")
         if self.compares and self.samples < 2:
             raise ValueError(f"{self.algorithm} compares responses to one prompt: num_samples must be at least 2")
+        if self.policy.kl_coef < 0 and self.signs == "heed":
+            raise ValueError(
+                f"policy.kl_coef is {self.policy.kl_coef:g}: a bonus for leaving the reference gives gibberish; set it "
+                "to 0 or above, or signs to ignore to see it"
+            )
         if self.policy.critic_warmup >= self.rollouts:
             raise ValueError(
                 f"policy.critic_warmup is {self.policy.critic_warmup} and rollouts {self.rollouts}: the policy would "

@@ -146,6 +146,11 @@ class Algorithm:
                 f"policy.kl_estimator is exact and policy.kl_in is reward, where {name} pays for log-ratios of "
                 "sampled tokens; leave kl_estimator out, or set kl_in to loss"
             )
+        if config.kl_coef < 0 and (kl_in, controller) != ("reward", "fixed"):
+            raise ConfigError(
+                f"policy.kl_coef is {config.kl_coef:g}, kl_in {kl_in} and kl_controller {controller}; a bonus is paid "
+                "in the reward alone, and is not steered: set kl_in to reward and kl_controller to fixed"
+            )
         if controller == "budget" and config.kl_coef == 0:
             raise ConfigError(
                 "policy.kl_controller is budget and policy.kl_coef is 0, which no factor raises; set kl_coef to the "

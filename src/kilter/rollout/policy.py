@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class PolicySource(RolloutSource):
         algorithm: a name in `ALGORITHMS`.
         rollouts: of the whole run; for `kl_controller: budget`.
         also: further scorers, by weight or as constraints.
+        signs: `ignore` lets what is paid have a sign the wrong way round, and keeps the verdicts in `turned`.
         drawing: see `RolloutSource`.
     Raises:
         ConfigError: a number that the algorithm cannot work with. DataError: no prompt fits into the model.
@@ -74,6 +75,7 @@ class PolicySource(RolloutSource):
         algorithm: str = "ppo",
         rollouts: int | None = None,
         also: Sequence[Also] = (),
+        signs: Literal["heed", "ignore"] = "heed",
         **drawing: Unpack[Drawing],
     ) -> None:
         self._algorithm = ALGORITHMS[algorithm]
@@ -93,8 +95,11 @@ class PolicySource(RolloutSource):
         )
         self.controller = _controller(config, rollouts)
         self.several = Several(also, config)
-        for place in range(1 + len(also)):
-            require(*check_signs(partial(self._paid, place), kl_penalty=self._price > 0))
+        tried = [check_signs(partial(self._paid, place), kl_penalty=self._price != 0) for place in range(1 + len(also))]
+        verdicts = [verdict for row in tried for verdict in row]
+        if signs == "heed":
+            require(*verdicts)
+        self.turned = [verdict.line for verdict in verdicts if not verdict.passed]
 
     @property
     def warming_up(self) -> bool:

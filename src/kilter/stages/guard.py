@@ -48,7 +48,7 @@ def check_guard(guard: GuardConfig, policy: PolicyConfig) -> None:
     names = [one.name for one in guard.canaries]
     if len(set(names)) < len(names):
         raise ConfigError(f"guard.canaries are named {', '.join(names)}; give each a `name` of its own")
-    if "raise_kl" in (guard.action, *guard.actions.values()) and (policy.kl_in == "loss" or not policy.kl_coef):
+    if "raise_kl" in (guard.action, *guard.actions.values()) and (policy.kl_in == "loss" or policy.kl_coef <= 0):
         raise ConfigError(
             f"guard raises the price of KL, and policy.kl_coef is {policy.kl_coef:g}, paid in the {policy.kl_in}; only "
             "a price above 0 in the reward is raised: set policy.kl_in to reward and policy.kl_coef above 0, or choose "

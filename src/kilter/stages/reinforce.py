@@ -86,7 +86,8 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     else:
         trunk = policy_trunk(equipment.folder, reference=True, **held)
     trunk.train_only(*objective.roles)
-    require(*check_signs(partial(paid_rewards, kl_coef=numbers.kl_coef), kl_penalty=numbers.kl_coef > 0))
+    if stage.signs == "heed":
+        require(*check_signs(partial(paid_rewards, kl_coef=numbers.kl_coef), kl_penalty=numbers.kl_coef != 0))
     accuracy = check_reward(context, stage, scorer, prompts)
     also = further_scorers(context, stage, dtype)
     gap = check_trunk(context, trunk, "policy", prompt_groups(equipment, prompts), stage.precision)
@@ -110,7 +111,10 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         row_tokens=stage.optim.row_tokens,
         batch_tokens=stage.optim.batch_tokens,
         judge=guard,
+        signs=stage.signs,
     )
+    for line in source.turned:
+        context.watch.say(f"  ignored: {line}")
     places = snapshot_places(stage.rollouts, stage.snapshots)
     snapshots = Snapshots(context, trunk, equipment, {place * source.steps_per_rollout for place in places})
     rates = {"value": numbers.value_learning_rate} if numbers.value_learning_rate else None
@@ -149,6 +153,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         "both_ways_gap": gap,
         "reward_accuracy": accuracy,
         "reward_audit": audited,
+        "signs": source.turned,
         "prompts_seen_by_reward": seen,
         "steps": state.step,
         "stopped": source.stopped,
