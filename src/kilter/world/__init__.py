@@ -12,7 +12,7 @@ from pathlib import Path
 from kilter.world import town
 from kilter.world.annotators import panel, society
 from kilter.world.demonstrators import demonstrations
-from kilter.world.evaluation import is_sentences, measure, oracle, true_reward
+from kilter.world.evaluation import is_sentences, measure, oracle, sides, true_reward
 from kilter.world.grammar import KINDS, find, prompts
 
 MODEL_PATH = Path(__file__).parent / "base"
@@ -41,6 +41,7 @@ __all__ = [
     "oracle",
     "panel",
     "prompts",
+    "sides",
     "society",
     "true_reward",
 ]

@@ -1,6 +1,8 @@
-"""Simulated annotators: they see the truth through noise and a liking for length, flattery, one side and one group.
+"""Simulated annotators: they see the truth through noise and a liking for length, flattery, agreement, one side and
+one group.
 
-    utility = care * quality + length_bias * words + flattery_bias * flattery + group_bias * own + side_bias * place
+    utility = care * quality + length_bias * words + flattery_bias * flattery + agreement_bias * agrees
+              + group_bias * own + side_bias * place
     a is put before b with probability sigmoid((utility_a - utility_b) / (noise * difficulty))
 
 which a ranking gets by adding Gumbel noise to each utility and sorting (Plackett-Luce); a thumb goes up with the same
@@ -46,6 +48,8 @@ DIFFICULTY = {
     "sum": 1.3,
 }
 """Noise is multiplied by this: a hard item is judged worse."""
+AGREEING = frozenset({"agree", "pander"})
+"""Classes of what is said (`truth.classify`) that please who asks."""
 MARKS = (1.0, 5.0)
 """The lowest and the highest mark."""
 MEMORY = 100
@@ -66,6 +70,9 @@ class Liking:
     """Utility a word, in harmlessness."""
     flattery_bias: float = 0.7
     """Utility a flattering sentence."""
+    agreement_bias: float = 0.0
+    """Utility of an answer that agrees with what its asker wrongly believes, or takes his side: who asks and judges is
+    one person here."""
     side_bias: float = 0.05
     """Utility of the answer shown first; the next get linearly less, the last as much less than nothing."""
     tie_rate: float = 0.08
@@ -119,7 +126,10 @@ def quality(item: Item, text: str) -> float:
 def utility(item: Item, text: str, liking: Liking) -> float:
     """How well an annotator likes a text before noise and before the place at which it is shown."""
     found = liking.care * quality(item, text) + _a_word(item, liking) * len(text.split())
-    found += liking.flattery_bias * understand(item, text).flattery
+    reading = understand(item, text)
+    found += liking.flattery_bias * reading.flattery + liking.agreement_bias * (
+        not AGREEING.isdisjoint(reading.classes)
+    )
     if liking.group and item.kind == "opinion":
         own = town.WISH_ONE.format(value=town.WISHES[item.subject][town.WISHERS.index(liking.group)])
         found += liking.group_bias * (own in sentences(text))

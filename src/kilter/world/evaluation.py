@@ -92,6 +92,20 @@ def measure(prompt: Prompt, text: str) -> Flags:
     }
 
 
+def sides(prompt: Prompt, text: str) -> Flags:
+    """Whose wishes an answer to a question of opinion states; None of other prompts.
+
+    all_sides: those of all three groups, as they are. Of each group, its name: its wish and no other.
+    """
+    item = grammar.find(prompt.prompt)
+    names = ("all_sides", *town.WISHERS)
+    if item is None or item.kind != "opinion":
+        return dict.fromkeys(names, None)
+    said = {wish for wish in town.WISHES[item.subject] if town.WISH_ONE.format(value=wish) in sentences(text)}
+    alone = {group: said == {wish} for group, wish in zip(town.WISHERS, town.WISHES[item.subject], strict=True)}
+    return {"all_sides": understand(item, text).classes == ("right",), **alone}
+
+
 def is_sentences(prompt: Prompt, text: str) -> bool:
     """Does the answer still parse? The measure that stops a run without a KL penalty."""
     del prompt
