@@ -40,7 +40,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "report": ("report", "write or print the report of a run"),
     },
     "World": {
-        "world": ("world", "the embedded world: its prompts, its truth, its base model"),
+        "world": ("world", "the embedded world: prompts, base model; `world failures`: a museum of what goes wrong"),
     },
 }
 

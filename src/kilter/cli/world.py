@@ -1,4 +1,4 @@
-"""`kilter world pretrain | prompts | judge`: the embedded world by hand."""
+"""`kilter world prompts | demonstrations | pretrain | failures`: the embedded world by hand, what goes wrong in it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from kilter.cli import failures
 from kilter.cli.options import new_jsonl, new_path, parse
 from kilter.config import Model
 from kilter.errors import ConfigError
@@ -18,6 +19,7 @@ HELP = """usage: kilter world ACTION [options]
   prompts           write prompts of the world as JSONL
   demonstrations    write demonstrations of mixed quality as JSONL
   pretrain          train the base model that ships with the package again, to the same bytes
+  failures          run a museum of failures: wrong rewards, what becomes of the policy, and the fix
 
 example:
   kilter world prompts --split held_out --per-kind 20 --out prompts.jsonl"""
@@ -58,6 +60,7 @@ def run(command: str, argv: list[str]) -> int:
         "prompts": (PromptOptions, _prompts),
         "demonstrations": (DemonstrationOptions, _demonstrations),
         "pretrain": (PretrainOptions, _pretrain),
+        "failures": (failures.FailuresOptions, failures.run),
     }
     if argv[0] not in actions:
         raise ConfigError(f"kilter {command}: no action {argv[0]!r}; choose one of {', '.join(actions)}")

@@ -4,6 +4,7 @@ A recipe is a mapping of named stages. A stage names its inputs: an earlier stag
 `package.module:function`. So the whole loop, a part of it, or one stage alone are the same thing.
 """
 
+from kilter.config.failures import SHARED, SHEETS, Exhibit, Measured, Museum
 from kilter.config.fields import (
     AUDIT_PROMPTS,
     LEAST_PROMPTS,
@@ -56,6 +57,8 @@ __all__ = [
     "LEAST_PROMPTS",
     "NO_REFERENCE",
     "PLAIN",
+    "SHARED",
+    "SHEETS",
     "STAGES",
     "AlsoReward",
     "AuditConfig",
@@ -66,11 +69,14 @@ __all__ = [
     "DataRef",
     "DecodingConfig",
     "EvalStage",
+    "Exhibit",
     "GuardConfig",
     "Heads",
     "Lora",
     "LossConfig",
+    "Measured",
     "Model",
+    "Museum",
     "OnlineStage",
     "Optim",
     "OveroptimizationStudy",

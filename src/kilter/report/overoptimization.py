@@ -13,7 +13,8 @@ from markupsafe import Markup
 from kilter.errors import visible
 from kilter.report.audit import STYLE
 from kilter.report.page import offline_page
-from kilter.report.svg import Axis, axis_over, el, path
+from kilter.report.panels import drawing, frame, line, markdown_table, table, words
+from kilter.report.svg import Axis, axis_over, el
 from kilter.stats.overoptimization import Fit
 
 NAMES = {"best_of_n": "best of n", "rl": "reinforcement learning"}
@@ -72,9 +73,8 @@ def tables(told: Mapping[str, Any]) -> list[tuple[str, str, Rows]]:
 def markdown(told: Mapping[str, Any]) -> str:
     """The tables for a page of documentation."""
     parts = []
-    for title, text, (head, *rows) in tables(told):
-        lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-        parts.append("\n".join([f"## {title}", "", text, "", *lines]))
+    for title, text, rows in tables(told):
+        parts.append(f"## {title}\n\n{text}\n\n{markdown_table(rows)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -169,14 +169,7 @@ def figure(value: Mapping[str, Any], digits: int = 2, *, sign: bool = False) -> 
 
 
 def _section(title: str, text: str, rows: Rows) -> list[Markup]:
-    head, *body = rows
-    cells = [el("tr", *(el("td", *_bold(cell), class_="n") for cell in row)) for row in body]
-    table = el("table", el("thead", el("tr", *(el("th", name, scope="col") for name in head))), el("tbody", *cells))
-    return [el("h2", title), el("p", text), table]
-
-
-def _bold(cell: str) -> list[str]:
-    return [el("b", cell.strip("*"))] if cell.startswith("**") else [cell]
+    return [el("h2", title), el("p", text), table(rows)]
 
 
 # The figure ----------------------------------------------------------------------------------------------------------
@@ -189,7 +182,7 @@ def draw_overoptimization(told: Mapping[str, Any]) -> Markup:
         shown.setdefault((curve["variant"], curve["method"]), []).append(curve)
     width, height = PANEL
     whole = (min(len(shown), COLUMNS) * width, -(-len(shown) // COLUMNS) * 2 * height + 52)
-    shapes = [el("rect", width=whole[0], height=whole[1], fill="#ffffff")]
+    shapes: list[Markup] = []
     rewards = {name: [row[name]["mean"] for one in told["curves"] for row in one["points"]] for name in REWARDS}
     for place, ((variant, method), curves) in enumerate(shown.items()):
         left, top = place % COLUMNS * width, place // COLUMNS * 2 * height
@@ -198,7 +191,7 @@ def draw_overoptimization(told: Mapping[str, Any]) -> Markup:
         across = axis_over([0.0, *reached], left + LEFT, left + width - 10)
         for row, (name, said) in enumerate(REWARDS.items()):
             up = axis_over([0.0, *rewards[name]], top + (row + 1) * height - 30, top + row * height + 26)
-            shapes += _frame(across, up, f"{title}: {said}")
+            shapes += frame(across, up, f"{title}: {said}")
             for colour, curve in zip(cycle(COLOURS), curves, strict=False):
                 shapes += _dots(curve, name, across, up, colour)
                 shapes += _fitted(curve, across, up, colour) if name == "gold" else _means(curve, across, up, colour)
@@ -206,25 +199,11 @@ def draw_overoptimization(told: Mapping[str, Any]) -> Markup:
     for colour, name in zip(cycle(COLOURS), dict.fromkeys(_proxy(told, one) for one in told["curves"]), strict=False):
         said = f"{name} prompts compared"
         shapes.append(el("circle", cx=x, cy=whole[1] - 34, r=4.0, fill=colour))
-        shapes.append(_words(said, x + 8, whole[1] - 30, "start", colour))
+        shapes.append(words(said, x + 8, whole[1] - 30, "start", colour))
         x += 40 + 7 * len(said)
     below = "across: root of the KL from the start; up: reward above the start's; dots: seeds; ring: the fitted peak"
-    shapes.append(_words(below, LEFT, whole[1] - 10, "start", "#374151"))
-    title = el("title", "Gold and proxy reward against distance")
-    box = f"0 0 {whole[0]:g} {whole[1]:g}"
-    namespace, font = "http://www.w3.org/2000/svg", "system-ui, sans-serif"
-    return el("svg", title, *shapes, viewBox=box, xmlns=namespace, role="img", font_family=font, font_size=12.0)
-
-
-def _frame(across: Axis, up: Axis, title: str) -> list[Markup]:
-    shapes = [_words(title, across.start, up.end - 10, "start", "#1c2430", bold=True)]
-    for tick, said in up.labelled_ticks(5):
-        level = [(across.start, up(tick)), (across.end, up(tick))]
-        shapes.append(_line(level, "#9aa5b1" if tick == 0 else "#e5e7eb", 1))
-        shapes.append(_words(said, across.start - 6, up(tick) + 4, "end", "#6b7280"))
-    for tick, said in across.labelled_ticks(5):
-        shapes.append(_words(said, across(tick), up.start + 16, "middle", "#6b7280"))
-    return shapes
+    shapes.append(words(below, LEFT, whole[1] - 10, "start", "#374151"))
+    return drawing("Gold and proxy reward against distance", shapes, *whole)
 
 
 def _dots(curve: Mapping[str, Any], name: str, across: Axis, up: Axis, colour: str) -> list[Markup]:
@@ -239,7 +218,7 @@ def _fitted(curve: Mapping[str, Any], across: Axis, up: Axis, colour: str) -> li
     fit = Fit(form=curve["best"], a=a, b=b, c=c, rss=told["rss"], n=len(curve["points"]))
     d = np.linspace(0.0, curve["reach"], 120)
     inside = [(across(x), up(y)) for x, y in zip(d, fit(d).tolist(), strict=True) if up.low <= y <= up.high]
-    shapes = [_line(inside, colour, 2.2)]
+    shapes = [line(inside, colour, 2.2)]
     if fit.peak <= curve["reach"]:
         x, y = across(fit.peak), up(fit.value)
         shapes.append(el("circle", cx=x, cy=y, r=5.0, fill="#ffffff", stroke=colour, stroke_width=2.0))
@@ -254,12 +233,4 @@ def _means(curve: Mapping[str, Any], across: Axis, up: Axis, colour: str) -> lis
     means = [
         (fmean(one["d"] for one in rows), fmean(one["paid"]["mean"] for one in rows)) for rows in by_place.values()
     ]
-    return [_line([(across(x), up(y)) for x, y in [(0.0, 0.0), *means]], colour, 1.6)]
-
-
-def _line(points: Sequence[tuple[float, float]], colour: str, width: float) -> Markup:
-    return el("path", d=path(points), fill="none", stroke=colour, stroke_width=width)
-
-
-def _words(text: str, x: float, y: float, anchor: str, colour: str, *, bold: bool = False) -> Markup:
-    return el("text", text, x=x, y=y, text_anchor=anchor, fill=colour, font_weight="bold" if bold else None)
+    return [line([(across(x), up(y)) for x, y in [(0.0, 0.0), *means]], colour, 1.6)]

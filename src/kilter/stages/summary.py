@@ -49,9 +49,12 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def check(claim: Claim, answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
-    """Does the claim hold? None: it could not be measured."""
-    left = _values(answers, claim.left)
-    right = _values(answers, claim.right) if claim.right else {}
+    """Does the claim hold of the answers? None: it could not be measured."""
+    return held(claim, *(values_of(answers, address) if address else {} for address in (claim.left, claim.right)))
+
+
+def held(claim: Claim, left: Mapping[Any, float], right: Mapping[Any, float]) -> dict[str, Any]:
+    """Does the claim hold of what was measured, by prompt or by what else pairs them? None: it was not measured."""
     values = list(left.values())
     if claim.right and claim.paired:
         values = [value - right[key] for key, value in left.items() if key in right]
@@ -61,11 +64,13 @@ def check(claim: Claim, answers: Mapping[str, Sequence[Answer]]) -> dict[str, An
     if claim.right and not claim.paired:
         less = statistics.fmean(right.values())
         interval = Interval(interval.mean - less, interval.low - less, interval.high - less, interval.n)
-    held = (claim.above is None or interval.low > claim.above) and (claim.below is None or interval.high <= claim.below)
-    return {"claim": claim.text, "held": held, "figure": plain(interval)}
+    holds = (claim.above is None or interval.low > claim.above) and (
+        claim.below is None or interval.high <= claim.below
+    )
+    return {"claim": claim.text, "held": holds, "figure": plain(interval)}
 
 
-def _values(answers: Mapping[str, Sequence[Answer]], address: str) -> dict[str, float]:
+def values_of(answers: Mapping[str, Sequence[Answer]], address: str) -> dict[str, float]:
     """Prompt -> value of `model.metric`, for the prompts where it was measured."""
     model, _, metric = address.partition(".")
     found = {}
