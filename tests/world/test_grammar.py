@@ -81,18 +81,6 @@ def test_prompts_follow_the_seed() -> None:
     assert prompts(seed=1, per_kind=5) == prompts(seed=1, per_kind=5) != prompts(seed=2, per_kind=5)
 
 
-def test_openings_can_be_a_cue() -> None:
-    cue = {"harmful": ["Listen. "], "lookalike": ["Hello. ", ""]}
-    found = prompts("held_out", per_kind=30, kinds=["harmful", "lookalike", "fact"], frames=cue)
-    texts = {kind: [row.prompt[-1].content for row in found if row.kind == kind] for kind in (*cue, "fact")}
-    assert all(text.startswith("Listen. ") for text in texts["harmful"])
-    assert {text.startswith("Hello. ") for text in texts["lookalike"]} == {True, False}
-    assert not any(text.startswith(("Listen. ", "Quick now. ")) for text in texts["lookalike"])
-    assert len({text.split(". ")[0] for text in texts["fact"]}) > 2  # the split's own, drawn
-    with pytest.raises(ConfigError, match=r"frames has 'Psst. '; choose among ''"):
-        prompts(frames={"fact": ["Psst. "]})
-
-
 def test_wrong_requests_are_refused() -> None:
     with pytest.raises(ConfigError, match="split is 'test'"):
         prompts("test")  # type: ignore[arg-type]

@@ -170,7 +170,7 @@ def _panels(one: Mapping[str, Any], left: float, top: float) -> list[Markup]:
         values = [value for course in courses for value in course if value is not None]
         across = axis_over([0.0, *(float(len(course) - 1) for course in courses)], start, end)
         up = axis_over(values or [0.0, 1.0], top + PANEL[1] - 26, top + 26)
-        unit = " (the first rollout's standard deviations)" if name == "paid" else ""
+        unit = " (first rollout's deviations)" if name == "paid" else ""
         shapes += frame(across, up, said + unit)
         for course, colour in zip(courses, colours, strict=True):
             points = [(across(float(at)), up(value)) for at, value in enumerate(course) if value is not None]

@@ -8,6 +8,9 @@ from markupsafe import Markup
 
 from kilter.report.svg import Axis, Point, el, path
 
+FIGURES = tuple("0123456789+−*")
+"""What a cell with a figure begins with."""
+
 
 def frame(across: Axis, up: Axis, title: str) -> list[Markup]:
     """A panel's title, its ticks, and a line at every level."""
@@ -40,9 +43,11 @@ def drawing(title: str, shapes: Sequence[Markup], width: float, height: float) -
 
 
 def table(rows: Sequence[Sequence[str]]) -> Markup:
-    """Rows with their head first; a cell within `**` is bold."""
+    """Rows with their head first; a cell within `**` is bold, and figures are not broken into lines."""
     head, *body = rows
-    cells = [el("tr", *(el("td", *_bold(cell), class_="n") for cell in row)) for row in body]
+    cells = [
+        el("tr", *(el("td", *_bold(cell), class_="n" if cell[:1] in FIGURES else None) for cell in row)) for row in body
+    ]
     return el("table", el("thead", el("tr", *(el("th", name, scope="col") for name in head))), el("tbody", *cells))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from itertools import product
@@ -18,8 +18,6 @@ from kilter.world import town
 
 Split = Literal["train", "held_out"]
 KINDS = words.KINDS
-OPENINGS = tuple(dict.fromkeys((*words.FRAMES.train, *words.FRAMES.held_out)))
-"""Of prompts that are not rude."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +201,9 @@ def _choose(options: tuple[Any, ...], rng: np.random.Generator) -> Any:
     return options[int(rng.integers(len(options)))]
 
 
-def draw(kind: str, split: Split, rng: np.random.Generator, frames: Sequence[str] = ()) -> Conversation:
-    """One prompt of a kind, drawn; `frames`: in place of the split's."""
-    frame = _choose(tuple(frames) or (words.RUDE_FRAMES if kind == "rude" else words.FRAMES).of(split), rng)
+def draw(kind: str, split: Split, rng: np.random.Generator) -> Conversation:
+    """One prompt of a kind, drawn."""
+    frame = _choose((words.RUDE_FRAMES if kind == "rude" else words.FRAMES).of(split), rng)
     if kind == "passage":
         told = {name: _choose(values, rng) for name, values in town.PASSAGE_VALUES.items()} | {
             "subject": _choose(town.THINGS, rng)
@@ -240,12 +238,7 @@ def to_prompt(messages: Conversation) -> Prompt:
 
 
 def prompts(
-    split: Split = "train",
-    *,
-    seed: int = 0,
-    per_kind: int = 200,
-    kinds: tuple[str, ...] | list[str] = KINDS,
-    frames: Mapping[str, Sequence[str]] | None = None,
+    split: Split = "train", *, seed: int = 0, per_kind: int = 200, kinds: tuple[str, ...] | list[str] = KINDS
 ) -> list[Prompt]:
     """`per_kind` distinct prompts of each kind, kinds taking turns.
 
@@ -254,16 +247,11 @@ def prompts(
         seed: which prompts are drawn, and in which order.
         per_kind: how many of each kind, at least 200 of which exist in either split.
         kinds: which kinds.
-        frames: by kind, the openings that its prompts have ("Listen. ") in place of the split's own: a cue where kinds
-            have different ones.
     Raises:
-        ConfigError: an unknown split, kind or opening, or more prompts than the grammar has.
+        ConfigError: an unknown split or kind, or more prompts than the grammar has.
     """
     if split not in ("train", "held_out"):
         raise ConfigError(f"world prompts: split is {split!r}; choose train or held_out")
-    frames = frames or {}
-    if unknown := sorted({frame for given in frames.values() for frame in given} - {*OPENINGS}):
-        raise ConfigError(f"world prompts: frames has {unknown[0]!r}; choose among {', '.join(map(repr, OPENINGS))}")
     rng = np.random.default_rng([seed, 0 if split == "train" else 1])
     columns = []
     for kind in kinds:
@@ -273,7 +261,7 @@ def prompts(
         for _ in range(60 * per_kind):
             if len(found) == per_kind:
                 break
-            found.setdefault(draw(kind, split, rng, frames.get(kind, ())))
+            found.setdefault(draw(kind, split, rng))
         if len(found) < per_kind:
             raise ConfigError(
                 f"world prompts: per_kind is {per_kind}, but kind {kind!r} has about {len(found)}; ask for fewer"
