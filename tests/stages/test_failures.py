@@ -80,6 +80,9 @@ MUSEUM: dict[str, Any] = {
 }
 
 
+LETTERS = MUSEUM["exhibits"]["letters"]
+
+
 # The package's own ---------------------------------------------------------------------------------------------------
 
 
@@ -115,12 +118,12 @@ def test_shared_stages_are_named_by_their_folders_and_sheets_by_their_files(tmp_
     [
         ({"broken": ["nothing"]}, "'nothing' is among the runs of 'Paid by the <letter>' and is no stage"),
         ({"broken": []}, "broken"),
-        ({"stages": {"long": MUSEUM["exhibits"]["letters"]["stages"]["long"]}}, "needs one stage of kind eval"),
+        ({"stages": {"long": LETTERS["stages"]["long"]}}, "needs one stage of kind eval"),
     ],
 )
 def test_an_exhibit_that_cannot_be_is_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Exhibit.model_validate(MUSEUM["exhibits"]["letters"] | change)
+        Exhibit.model_validate(LETTERS | change)
 
 
 @pytest.mark.parametrize(
@@ -130,13 +133,14 @@ def test_an_exhibit_that_cannot_be_is_refused(change: dict[str, Any], says: str)
         ([], {"mended": "shared.gone"}, r"shared\.gone; the shared stages are sft, sound"),
         ([], {"sheets": {}}, r"exhibits\.letters: sheets\.long"),
         ([], {"abuot": "?"}, "abuot"),
+        ([], {"stages": {**LETTERS["stages"], "long": {"reward": "x"}}}, "'long' is among the runs"),
     ],
 )
 def test_wrong_use_is_refused_before_any_work(
     tmp_path: Path, words: list[str], change: dict[str, Any], says: str
 ) -> None:
     file = tmp_path / "museum.yaml"
-    file.write_text(yaml.safe_dump(MUSEUM | {"exhibits": {"letters": MUSEUM["exhibits"]["letters"] | change}}))
+    file.write_text(yaml.safe_dump(MUSEUM | {"exhibits": {"letters": LETTERS | change}}))
     with pytest.raises(ConfigError, match=says):
         world.run("world", ["failures", "--museum", str(file), *words, "--out", str(tmp_path / "no")])
     assert not (tmp_path / "no").exists()
@@ -223,7 +227,9 @@ def test_an_exhibit_that_nothing_sees_says_so(done: Path) -> None:
     assert "The guard saw nothing in what fails." in failures_page(told) and rows_of(told)[1][5] == "nothing"
     one["audits"] = [{"reward": "thin", "failed": ["padding"]}]
     one["alarms"]["sound"] = [{"symptom": "phrase", "rollout": 3, "says": "a < b", "without_probe": True}]
+    one["samples"][0]["answers"]["long"]["text"] = "**bold** <b>"
     page = failures_page(told)
+    assert "<td>**bold** &lt;b&gt;</td>" in page
     assert "reward model thin failed: padding." in page and "a &lt; b" in page and rows_of(told)[1][5] == "audit"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from kilter.errors import visible
 from kilter.report.audit import STYLE
@@ -19,6 +19,7 @@ TITLE = "A museum of failures"
 BROKEN, MENDED = ("#c2410c", "#7c3aed", "#be185d"), "#15803d"
 PANEL, LEFT, TITLES = (300.0, 190.0), 44.0, 24.0
 COURSES = {"truth": "truth", "paid": "paid"}
+BEFORE = "before the first update"
 VERDICTS = {True: "shown", False: "not shown", None: "not measured"}
 Exhibits = Mapping[str, Mapping[str, Any]]
 
@@ -111,13 +112,13 @@ def _seen(one: Mapping[str, Any]) -> list[Markup]:
     """Every detector that fired, in the mended run too."""
     rows = [["run", "when", "what", ""]]
     for run in (*one["broken"], one["mended"]):
-        rows += [[_text(run), "before the first update", "**signs**", _text(verdict)] for verdict in one["signs"][run]]
+        rows += [[_text(run), BEFORE, "**signs**", _text(verdict)] for verdict in one["signs"][run]]
         for alarm in one["alarms"][run]:
             with_it = "" if alarm["without_probe"] else " (by the probe, which sees the truth)"
             rows.append(
                 [
                     _text(run),
-                    f"rollout {alarm['rollout']}",
+                    f"rollout {alarm['rollout']}" if alarm["rollout"] else BEFORE,
                     f"**{_text(alarm['symptom'])}**",
                     _text(alarm["says"]) + with_it,
                 ]
@@ -133,10 +134,10 @@ def _seen(one: Mapping[str, Any]) -> list[Markup]:
 
 def _sample(sample: Mapping[str, Any]) -> Markup:
     asked = [el("p", el("small", _text(turn["role"])), " ", _text(turn["content"])) for turn in sample["prompt"]]
-    rows = [["", "answer", "truth"]]
+    rows: list[list[str]] = [["", "answer", "truth"]]
     for model, answer in sample["answers"].items():
         value = "" if answer["true_reward"] is None else f"{answer['true_reward']:.2f}".replace("-", "−")
-        rows.append([_text(model), _text(answer["text"]), value])
+        rows.append([_text(model), escape(_text(answer["text"])), value])
     return el("div", *asked, table(rows), class_="answer")
 
 

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from kilter.report.svg import Axis, Point, el, path
 
-FIGURES = tuple("0123456789+−*")
+FIGURES = tuple("0123456789+−")
 """What a cell with a figure begins with."""
 
 
@@ -43,7 +43,7 @@ def drawing(title: str, shapes: Sequence[Markup], width: float, height: float) -
 
 
 def table(rows: Sequence[Sequence[str]]) -> Markup:
-    """Rows with their head first; a cell within `**` is bold, and figures are not broken into lines."""
+    """Rows with their head first; a plain cell within `**` is bold, and figures are not broken into lines."""
     head, *body = rows
     cells = [
         el("tr", *(el("td", *_bold(cell), class_="n" if cell[:1] in FIGURES else None) for cell in row)) for row in body
@@ -52,10 +52,11 @@ def table(rows: Sequence[Sequence[str]]) -> Markup:
 
 
 def _bold(cell: str) -> list[str]:
-    return [el("b", cell.strip("*"))] if cell.startswith("**") else [cell]
+    return [cell] if isinstance(cell, Markup) or not cell.startswith("**") else [el("b", cell.strip("*"))]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """The same for a page of documentation."""
     head, *body = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *body))
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)

@@ -9,8 +9,7 @@ A run that has ended is not done again, a killed one goes on, and one exhibit mo
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from kilter.rundir import RunDir, StageDir, write_text
 from kilter.scorers.registry import did_you_mean
 from kilter.stages.reinforce import check_algorithms
 from kilter.stages.run import run_recipe
+from kilter.stages.scoring import check_rewards
 
 COMMON = "shared"
 """Name of the run that comes first."""
@@ -32,7 +32,6 @@ QUICK: Mapping[str, Mapping[str, Any]] = {
     "collect": {"num_samples": 3},
     "reward": {"epochs": 1, "held_out": 0.0, "audit": {"prompts": 0}},
     "rl": {"rollouts": 3, "prompts_per_rollout": 6, "num_samples": 2},
-    "eval": {},
 }
 """What stages of each kind are changed to where everything is to be very small."""
 QUICK_PROMPTS, QUICK_TOKENS = 6, 12
@@ -58,10 +57,10 @@ def read_museum(path: Path | None = None) -> Museum:
 
 def small(museum: Museum) -> Museum:
     """The same museum, everything very small: it shows what is made, and measures nothing."""
-    made = copy.deepcopy(museum.model_dump())
+    made = museum.model_dump()
     for stages in (made["shared"], *(one["stages"] for one in made["exhibits"].values())):
         for stage in stages.values():
-            stage |= QUICK[stage["stage"]]
+            stage |= QUICK.get(stage.get("stage", ""), {})
             for place in ("prompts", "data"):
                 options = stage[place].get("options", {}) if isinstance(stage.get(place), dict) else {}
                 options |= {"per_kind": QUICK_PROMPTS} if "per_kind" in options else {}
@@ -79,12 +78,12 @@ class Building:
         ConfigError: an exhibit that there is none of, or stages that no recipe can have; before any work.
     """
 
-    def __init__(self, museum: Museum, out: Path, *, seed: int, threads: int, jobs: int, only: Iterable[str] = ()):
+    def __init__(self, museum: Museum, out: Path, *, seed: int, threads: int, jobs: int, only: Sequence[str] = ()):
         self.museum, self.out = museum, out.resolve()
         self._about = {"seed": seed, "threads": threads, "jobs": jobs, "world": "embedded world"}
         if unknown := [name for name in only if name not in museum.exhibits]:
             raise ConfigError(f"--only {unknown[0]}: {did_you_mean(unknown[0], museum.exhibits, 'choose among')}")
-        self.exhibits = {name: one for name, one in museum.exhibits.items() if not only or name in set(only)}
+        self.exhibits = {name: one for name, one in museum.exhibits.items() if not only or name in only}
         self.shared = parse({"name": COMMON, **self._about, "stages": museum.shared}, COMMON)
         self.recipes = {name: self._recipe(name, one) for name, one in self.exhibits.items()}
 
@@ -92,15 +91,18 @@ class Building:
         """Do every run that is not done.
 
         Raises:
-            KilterError: bad input, before anything is trained; a folder that holds another museum.
+            KilterError: bad input, before any exhibit is run; a folder that holds another museum.
         """
         for recipe in (self.shared, *self.recipes.values()):
             check_algorithms(recipe)
         run_recipe(self.shared, self.out / COMMON)
-        for name, recipe in self.recipes.items():
-            for sheet, raw in self.exhibits[name].sheets.items():
+        for name, exhibit in self.exhibits.items():
+            for sheet, raw in exhibit.sheets.items():
                 text = yaml.safe_dump(self._placed(raw, name), sort_keys=False, allow_unicode=True)
                 write_text(self._sheet(name, sheet), text)
+        for recipe in self.recipes.values():
+            check_rewards(recipe)
+        for name, recipe in self.recipes.items():
             run_recipe(recipe, self.out / name)
 
     def planned(self) -> list[str]:
@@ -122,7 +124,7 @@ class Building:
         start = self._result(SHARED + self.museum.start)
         models = {label(run): self._placed(run, name) for run in exhibit.runs}
         for stage in stages.values():
-            if stage["stage"] == "eval":
+            if stage.get("stage") == "eval":
                 stage |= {"models": {"start": start} | models, "reference": start}
         return parse({"name": name, **self._about, "stages": stages}, f"exhibits.{name}")
 
