@@ -13,6 +13,7 @@ from kilter.cli import world
 from kilter.config import Claim, Exhibit
 from kilter.errors import ConfigError, RunError
 from kilter.report.failures import failures_page, rows_of
+from kilter.report.overoptimization import figure
 from kilter.rundir import read_jsonl
 from kilter.stages.exhibited import LAST
 from kilter.stages.failures import Building, read_museum, small
@@ -162,6 +163,11 @@ def test_a_claim_holds_when_its_interval_does() -> None:
     found = held(paired, values, {"c": 2.0, "a": 0.0, "d": 9.0})  # 1 and 1: by key, of those that both have
     assert found["held"] and found["figure"]["mean"] == 1.0 and found["figure"]["n"] == 2
     assert held(paired, values, {})["held"] is None
+
+
+def test_a_figure_in_words() -> None:
+    assert figure({"mean": -0.004, "low": -0.021, "high": None}) == "0.00 [−0.02, ?]"
+    assert figure({"mean": None, "low": -1.0, "high": 0.25}, 1, sign=True) == "none [−1.0, +0.2]"
 
 
 # The command ---------------------------------------------------------------------------------------------------------

@@ -162,9 +162,10 @@ def _text(value: Any) -> str:
 def figure(value: Mapping[str, Any], digits: int = 2, *, sign: bool = False) -> str:
     """`mean [low, high]`; what is not finite is said to be none, an end that is not known a question mark."""
     form = f"{'+' if sign else ''}.{digits}f"
-    mean = "none" if value["mean"] is None else format(value["mean"], form)
-    ends = ("?" if value[end] is None else format(value[end], form) for end in ("low", "high"))
-    low, high = ends
+    mean, low, high = (
+        unknown if value[key] is None else format(round(value[key], digits) + 0.0, form)  # no zero below zero
+        for key, unknown in (("mean", "none"), ("low", "?"), ("high", "?"))
+    )
     return f"{mean} [{low}, {high}]".replace("-", "−")
 
 
