@@ -56,7 +56,7 @@ SHOWN: dict[str, tuple[dict[str, float], float]] = {
     "never_ends": ({"rollout/truncated": 0.99}, 0.99),
     "against_probe": ({"rollout/probe_correlation": -0.5}, 0.549306 * math.sqrt(97)),
     "probe_falls": ({"rollout/score": 2.0, "rollout/probe": 0.0}, (0.21 - 0.0) / 0.02),
-    "phrase": ({"rollout/phrase": 0.6}, 0.6),
+    "phrase": ({"rollout/phrase": 0.6}, 0.6 - math.sqrt(0.02)),
     "longer": ({"rollout/length": 20.0}, 1.0),
     "length_pays": ({"rollout/length": 12.0, "rollout/length_pays": 0.8}, 0.8),
     "cut": ({"rollout/truncated": 0.5}, 0.5),

@@ -153,14 +153,15 @@ def probe_falls(rows: Rows) -> float | None:
 
 @symptom(
     "phrase",
-    'one phrase has spread to {value:.0%} more of the answers than at the start: "{phrase}"',
-    threshold=0.25,
+    'one phrase has spread to at least {value:.0%} more of the answers than at the start: "{phrase}"',
+    threshold=0.14,
     causes=["the reward pays for words and not for what is said: apologies, flattery, certainty, headers, letters"],
     remedies=["read the samples that hold the phrase", "`kilter reward audit` with it", "raise the price of KL"],
 )
 def phrase(rows: Rows) -> float | None:
-    """Largest rise of a phrase's share of the answers."""
-    return _now(rows, "rollout/phrase")
+    """Largest rise of a phrase's share of the answers, less sqrt(2 / answers): two standard errors at most."""
+    rise, answers = _now(rows, "rollout/phrase"), _now(rows, "rollout/samples")
+    return None if rise is None else rise - math.sqrt(2 / answers) if answers else rise
 
 
 @symptom(
