@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean, stdev
 from typing import Literal
 
 import pytest
@@ -285,3 +286,45 @@ def test_one_token_and_equal_rewards_teach_nothing() -> None:
     equal = ops.reinforce_plus_plus(torch.full((7,), 1000.1), torch.arange(7))  # 1000.1 is no float32
     assert equal.dtype == torch.float32
     assert equal.tolist() == pytest.approx([0.0] * 7, abs=1e-6)
+
+
+def test_step_advantages_equal_a_slow_rederivation() -> None:
+    """Prompt 0 with three answers, the last of them without a step; prompt 1 with two, all of whose steps are alike."""
+    lengths, groups = [4, 3, 2, 3, 1], [0, 0, 0, 1, 1]
+    steps = [[(0, 1.0), (2, -0.5)], [(1, 0.25), (1, 2.0), (2, 0.5)], [], [(0, 0.3), (2, 0.3)], [(0, 0.3)]]
+    expected = []
+    for answer, length in enumerate(lengths):
+        own = [reward for one, group in enumerate(groups) if group == groups[answer] for _, reward in steps[one]]
+        mean, deviation = fmean(own), stdev(own) + 1e-4
+        expected += [
+            sum((reward - mean) / deviation for end, reward in steps[answer] if end >= at) for at in range(length)
+        ]
+    leaf = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths))
+    starts = [sum(lengths[:at]) for at in range(5)]
+    token = torch.tensor([start + end for start, row in zip(starts, steps, strict=True) for end, _ in row])
+    reward = torch.tensor([reward for row in steps for _, reward in row], dtype=torch.float64)
+    found = ops.step_advantages(reward, token, leaf, torch.tensor(groups))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert found[9:].abs().max() == 0
+
+
+def test_step_advantages_by_hand() -> None:
+    leaf, group = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0])
+    found = ops.step_advantages(torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.arange(4), leaf, group)
+    torch.testing.assert_close(found, torch.tensor([1.7318, 0.8659, -1.7318, -0.8659]), rtol=0, atol=1e-4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([-1.0, 0.0, 0.5, 2.0])), min_size=1, max_size=12))
+def test_best_of_group_is_the_first_of_the_best(rows: list[tuple[int, float]]) -> None:
+    groups, rewards = [group for group, _ in rows], [reward for _, reward in rows]
+    best = [max(reward for other, reward in rows if other == group) for group in groups]
+    expected = [
+        float(reward == best[at] and (groups[at], reward) not in rows[:at]) for at, reward in enumerate(rewards)
+    ]
+    assert ops.best_of_group(f64(*rewards), torch.tensor(groups)).tolist() == expected
+
+
+def test_kl_exact_sums_over_the_last_axis() -> None:
+    p, q = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    rows = [ops.kl_exact(one, other) for one, other in zip(p.flatten(0, 1), q.flatten(0, 1), strict=True)]
+    torch.testing.assert_close(ops.kl_exact(p, q), torch.stack(rows).reshape(2, 3))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any
 
 import pytest
 import torch
 
-from kilter import ops
 from kilter.config import PolicyConfig
 from kilter.errors import CheckError, ConfigError
 from kilter.models.generation import Completion
@@ -39,32 +38,6 @@ class PaysEachWord:
         words = text.split()
         ends = [len(" ".join(words[: at + 1])) for at, word in enumerate(words) if word == self.word]
         return Score(self.more + self.each * len(ends), steps=tuple(Step(end, self.each) for end in ends))
-
-
-def test_step_advantages_equal_a_slow_rederivation() -> None:
-    """Prompt 0 with three answers, the last of them without a step; prompt 1 with two, all of whose steps are alike."""
-    lengths, groups = [4, 3, 2, 3, 1], [0, 0, 0, 1, 1]
-    steps = [[(0, 1.0), (2, -0.5)], [(1, 0.25), (1, 2.0), (2, 0.5)], [], [(0, 0.3), (2, 0.3)], [(0, 0.3)]]
-    expected = []
-    for answer, length in enumerate(lengths):
-        own = [reward for one, group in enumerate(groups) if group == groups[answer] for _, reward in steps[one]]
-        mean, deviation = fmean(own), stdev(own) + 1e-4
-        expected += [
-            sum((reward - mean) / deviation for end, reward in steps[answer] if end >= at) for at in range(length)
-        ]
-    leaf = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths))
-    starts = [sum(lengths[:at]) for at in range(5)]
-    token = torch.tensor([start + end for start, row in zip(starts, steps, strict=True) for end, _ in row])
-    reward = torch.tensor([reward for row in steps for _, reward in row], dtype=torch.float64)
-    found = ops.step_advantages(reward, token, leaf, torch.tensor(groups))
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
-    assert found[9:].abs().max() == 0
-
-
-def test_step_advantages_by_hand() -> None:
-    leaf, group = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0])
-    found = ops.step_advantages(torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.arange(4), leaf, group)
-    torch.testing.assert_close(found, torch.tensor([1.7318, 0.8659, -1.7318, -0.8659]), rtol=0, atol=1e-4)
 
 
 def measured() -> Measured:
