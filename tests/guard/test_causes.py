@@ -100,6 +100,7 @@ def test_the_number_that_is_wrong_is_named_first(what: str) -> None:
 def test_every_cause_is_seen_by_a_test() -> None:
     seen = {(causes(course)[0].cause, causes(course)[0].says[:12]) for course, _, _ in WRONG.values()}
     assert len(seen) == len(CAUSES) == len(WRONG)
+    assert all("{figure" in one.says and "{" not in one.remedy for one in CAUSES)
 
 
 def test_an_unusual_scale_is_not_told_as_a_dear_nat_too() -> None:
