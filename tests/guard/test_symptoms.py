@@ -130,6 +130,17 @@ def test_a_single_rollout_above_is_suspected_and_shown_only_when_it_lasts() -> N
     assert [shown for _, _, shown in found] == [[], [], [], [], ["longer"], ["longer"]]
 
 
+def test_half_a_threshold_is_suspected_and_shows_nothing() -> None:
+    watch = Watch({"longer": 1.2})
+    assert [watch.look({"rollout/length": length}) for length in (10.0, 15.0, 16.0, 16.0)] == [[], [], [], []]
+    assert watch.suspected == ["longer"] and watch.shown == []
+    other = Watch({"longer": 1.2})
+    other.load_state_dict(watch.state_dict())
+    assert other.suspected == ["longer"]
+    watch.look({"rollout/length": 15.0})  # log2(1.5) is below 0.6
+    assert watch.suspected == []
+
+
 def test_a_watch_goes_on_from_its_state_and_forgets_a_policy_that_is_gone() -> None:
     rows = [{"rollout/length": length} for length in (10.0, 20.0, 20.0)]
     one, other = Watch(), Watch()

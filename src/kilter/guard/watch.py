@@ -11,6 +11,10 @@ from kilter.guard.symptoms import SYMPTOMS, Row, Symptom, canary_falls
 ALARMS = "guard.jsonl"
 """What the watch on a stage saw, in the stage's folder: `Alarm.to_dict` and what was done, a line each."""
 
+SUSPICION = 0.5
+"""Share of the threshold above which a symptom that has to last is suspected: by the time that it shows, the policies
+of the rollouts before have most of it already."""
+
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
@@ -54,6 +58,7 @@ class Watch:
         }
         self.rows: list[dict[str, float]] = []
         self._above: dict[str, int] = {}
+        self._suspected: list[str] = []
 
     @property
     def shown(self) -> list[str]:
@@ -62,25 +67,30 @@ class Watch:
 
     @property
     def suspected(self) -> list[str]:
-        """The symptoms whose statistic is above its threshold in the last row, for however short a time."""
-        return list(self._above)
+        """The symptoms that are above their threshold in the last row, for however short a time, or above half of it
+        where they have to last."""
+        return list(self._suspected)
 
     def look(self, row: Row, *, phrase: str = "") -> list[Alarm]:
         """Takes a rollout in; returns the symptoms that it begins to show."""
         self.rows.append(dict(row))
-        found, above = [], {}
+        found, above, suspected = [], {}, []
         for name, threshold in self._thresholds.items():
             one = SYMPTOMS[name]
             if one.start and len(self.rows) > 1:
                 continue
             value = one.statistic(self.rows)
-            if value is None or not value > threshold:
+            if value is None:
+                continue
+            if value > (SUSPICION if one.lasting > 1 else 1.0) * threshold:
+                suspected.append(name)
+            if not value > threshold:
                 continue
             above[name] = self._above.get(name, 0) + 1
             if above[name] == one.lasting:
                 about = phrase if name == "phrase" else self._worst() if name == "canary" else ""
                 found.append(Alarm(name, len(self.rows) - 1, value, threshold, about))
-        self._above = above
+        self._above, self._suspected = above, suspected
         return found
 
     def _worst(self) -> str:
@@ -91,14 +101,14 @@ class Watch:
     def forget(self, count: int) -> None:
         """The last rows were of a policy that is gone."""
         self.rows = self.rows[: len(self.rows) - count]
-        self._above = {}
+        self._above, self._suspected = {}, []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": [dict(row) for row in self.rows], "above": dict(self._above)}
+        return {"rows": [dict(row) for row in self.rows], "above": dict(self._above), "suspected": self.suspected}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         self.rows = [dict(row) for row in state["rows"]]
-        self._above = dict(state["above"])
+        self._above, self._suspected = dict(state["above"]), list(state["suspected"])
 
 
 def looked_back(rows: Iterable[Row], thresholds: Mapping[str, float] | None = None) -> list[Alarm]:
