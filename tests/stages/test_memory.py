@@ -131,3 +131,12 @@ def test_what_this_machine_lacks_is_refused_before_any_work(tmp_path: Path, monk
     monkeypatch.setattr(quantized.importlib, "import_module", absent)
     with pytest.raises(ModelError, match=r"stages\.a: a base in 4 bits needs bitsandbytes .*kilter\[gpu\]"):
         check_machine(parse(values, ""))
+
+
+def test_a_dry_run_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    demos = tmp_path / "demos.jsonl"
+    demos.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    stage = {"stage": "sft", "model": "kilter.world:MODEL_PATH", "data": {"path": "demos.jsonl", "skip_bad": True}}
+    assert "# stage sft (sft)" in plan(parse({"stages": {"sft": stage}}, "r"))
+    assert list(tmp_path.iterdir()) == [demos]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from kilter.config import OnlineStage, PreferStage, Recipe, RewardStage, RlStage, SftStage, dump
@@ -25,15 +26,15 @@ SHOWN_TOKENS = 120
 
 
 def plan(recipe: Recipe, memory_gib: float | None = None) -> str:
-    """The text of a dry run. Nothing is written and nothing trained.
+    """The text of a dry run. Nothing is left behind and nothing trained.
 
     Args:
         memory_gib: of the device to plan for; None: of the stage's, or of this machine.
     """
     parts = ["# the resolved recipe", dump(recipe).rstrip()]
-    with Watch() as watch:
+    with Watch() as watch, TemporaryDirectory() as folder:  # bad rows are set aside into it, and go with it
         for name, stage in recipe.stages.items():
-            context = Context(recipe, RunDir(Path("unused")), name, watch)
+            context = Context(recipe, RunDir(Path(folder)), name, watch)
             parts += ["", f"# stage {name} ({stage.stage})", *_stage(context, memory_gib)]
     return "\n".join(parts)
 
