@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from markupsafe import Markup
 
 from kilter.config import parse
-from kilter.report.svg import axis_over, el, path
+from kilter.report.panels import line, words
+from kilter.report.svg import axis_over, el
 from kilter.rollout.algorithms import ALGORITHMS
 from kilter.rundir import RunDir, read_jsonl
 from kilter.stages import run_recipe
@@ -265,9 +265,9 @@ def draw(rows: Sequence[Row], start: Mapping[int, float]) -> str:
         up = axis_over(ys, top + height - 34, top + 26, pad=0.05)
         for tick, said in up.labelled_ticks(5):
             shapes.append(line([(across.start, up(tick)), (across.end, up(tick))], "#e5e7eb", 1))
-            shapes.append(text(said, across.start - 6, up(tick) + 4, "end", "#6b7280"))
+            shapes.append(words(said, across.start - 6, up(tick) + 4, "end", "#6b7280"))
         for tick, said in across.labelled_ticks(4):
-            shapes.append(text(said, across(tick), up.start + 16, "middle", "#6b7280"))
+            shapes.append(words(said, across(tick), up.start + 16, "middle", "#6b7280"))
         shapes += [line([(across(x), up(y)) for x, y in means[other]], "#d1d5db", 1.2) for other in methods]
         colour = COLOURS[at % len(COLOURS)]
         shapes.append(line([(across(x), up(y)) for x, y in means[method]], colour, 2.4))
@@ -275,11 +275,11 @@ def draw(rows: Sequence[Row], start: Mapping[int, float]) -> str:
             if row.method == method:
                 place = (across(math.sqrt(max(row.kl, 0.0))), up(row.true))
                 shapes.append(el("circle", cx=place[0], cy=place[1], r=3.0, fill=colour, fill_opacity=0.55))
-        shapes.append(text(NAMES[method], across.start, top + 17, "start", colour, bold=True))
+        shapes.append(words(NAMES[method], across.start, top + 17, "start", colour, bold=True))
     below = (
         "across: square root of the KL from SFT, nats an answer; up: true reward; dots: seeds; grey: the other methods"
     )
-    shapes.append(text(below, MARGIN, whole[1] - 10, "start", "#374151"))
+    shapes.append(words(below, MARGIN, whole[1] - 10, "start", "#374151"))
     box = {"viewBox": f"0 0 {whole[0]:g} {whole[1]:g}", "xmlns": "http://www.w3.org/2000/svg"}
     return str(el("svg", *shapes, **box, font_family="system-ui, sans-serif", font_size=12.0)) + "\n"
 
@@ -291,16 +291,6 @@ def _means(rows: Sequence[Row], start: Mapping[int, float]) -> list[tuple[float,
         own = [row for row in rows if row.strength == strength]
         found.append((fmean(math.sqrt(max(row.kl, 0.0)) for row in own), fmean(row.true for row in own)))
     return sorted(found)
-
-
-def line(points: Sequence[tuple[float, float]], colour: str, width: float) -> Markup:
-    """A polyline."""
-    return el("path", d=path(points), fill="none", stroke=colour, stroke_width=width)
-
-
-def text(words: str, x: float, y: float, anchor: str, colour: str, *, bold: bool = False) -> Markup:
-    """Words at a point."""
-    return el("text", words, x=x, y=y, text_anchor=anchor, fill=colour, font_weight="bold" if bold else None)
 
 
 def main() -> None:
