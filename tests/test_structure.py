@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -25,6 +28,8 @@ SIDE = {"report", "annotate"}  # read files, never load torch: 0-2 only
 SEPARATE = [{"train", "scorers"}, {"rollout", "evals"}, {"world", "guard"}]
 NO_TORCH = {"errors", "records", "config", "rundir", "data", "stats", "report", "annotate"}
 FILES = sorted(SRC.rglob("*.py"))
+ROOT = SRC.parents[1]
+SCRIPTS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("bench/*.py")])
 
 
 def part_of(path: Path) -> str:
@@ -111,3 +116,51 @@ def test_no_two_test_files_have_one_name() -> None:
     """pytest imports them by name, and of two it would run one."""
     names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
     assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def missing_names(path: Path) -> list[str]:
+    """What a script imports from Kilter or from the scripts beside it that is not there any more. Nothing is run."""
+    wrong = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        beside = path.with_name(f"{node.module}.py")
+        if node.module.partition(".")[0] == "kilter":
+            module = importlib.import_module(node.module)
+            there = {name.name for name in node.names if hasattr(module, name.name) or _is_module(module, name.name)}
+        elif beside.exists():
+            there = _defined(ast.parse(beside.read_text()))
+        else:
+            continue
+        wrong += [f"{path}:{node.lineno}: {node.module} has no {n.name}" for n in node.names if n.name not in there]
+    return wrong
+
+
+def _is_module(package: ModuleType, name: str) -> bool:
+    return hasattr(package, "__path__") and importlib.util.find_spec(f"{package.__name__}.{name}") is not None
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """The names that a script gives: its functions, classes, constants and imports."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(name.asname or name.name).partition(".")[0] for name in node.names}
+        else:
+            names |= {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+    return names
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_import_what_is_there(path: Path) -> None:
+    """The type checker reads the package alone, and a study is run seldom."""
+    assert missing_names(path) == []
+
+
+def test_a_name_that_went_away_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("from kilter.report.panels import line\nSIZE = 3\n")
+    two = tmp_path / "two.py"
+    two.write_text("from one import SIZE, line, text\nfrom kilter import stats, nothing\nfrom json import missing\n")
+    assert missing_names(two) == [f"{two}:1: one has no text", f"{two}:2: kilter has no nothing"]

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from frontier import DEMO, line, run, text
+from frontier import DEMO, run
 from kilter import data, world
 from kilter.records import Prompt, Sample, UnpairedFeedback
+from kilter.report.panels import line, words
 from kilter.report.svg import axis_over, el
 from kilter.rollout.best_of_n import best_of_n_curve
 from kilter.rundir import write_json
@@ -130,7 +131,7 @@ def draw(panels: Sequence[Panel]) -> str:
     for at, name in enumerate(names):
         y = 40.0 + 20 * at
         shapes.append(line([(whole[0] - LEGEND, y), (whole[0] - LEGEND + 22, y)], colours[name], 2.4))
-        shapes.append(text(name, whole[0] - LEGEND + 28, y + 4, "start", "#374151"))
+        shapes.append(words(name, whole[0] - LEGEND + 28, y + 4, "start", "#374151"))
     box = {"viewBox": f"0 0 {whole[0]:g} {whole[1]:g}", "xmlns": "http://www.w3.org/2000/svg"}
     return str(el("svg", *shapes, **box, font_family="system-ui, sans-serif", font_size=12.0)) + "\n"
 
@@ -143,14 +144,14 @@ def _panel(panel: Panel, left: float, colours: Mapping[str, str]) -> list[Markup
     shapes = []
     for tick, said in up.labelled_ticks(6):
         shapes.append(line([(across.start, up(tick)), (across.end, up(tick))], "#e5e7eb", 1))
-        shapes.append(text(said, across.start - 6, up(tick) + 4, "end", "#6b7280"))
+        shapes.append(words(said, across.start - 6, up(tick) + 4, "end", "#6b7280"))
     ticks = [(scale(x), f"{x:,.0f}") for x in sorted({x for x, _ in points})] if panel.doubling else None
     for tick, said in ticks or across.labelled_ticks(6):
-        shapes.append(text(said, across(tick), up.start + 16, "middle", "#6b7280"))
+        shapes.append(words(said, across(tick), up.start + 16, "middle", "#6b7280"))
     for name, height in panel.level.items():
         dashed = {"stroke": "#9ca3af", "stroke_dasharray": "4 4"}
         shapes.append(el("path", d=f"M{across.start:.1f},{up(height):.1f}L{across.end:.1f},{up(height):.1f}", **dashed))
-        shapes.append(text(name, across.end, up(height) - 4, "end", "#6b7280"))
+        shapes.append(words(name, across.end, up(height) - 4, "end", "#6b7280"))
     for at, (name, series) in enumerate(panel.series.items()):
         aside = ASIDE * (at - (len(panel.series) - 1) / 2) if panel.doubling else 0.0
         places = [(across(scale(x)) + aside, up(one.mean)) for x, one in series]
@@ -159,8 +160,8 @@ def _panel(panel: Panel, left: float, colours: Mapping[str, str]) -> list[Markup
             ends = [min(max(up(value), up.end), up.start) for value in (one.low, one.high)]
             shapes.append(line([(x, ends[0]), (x, ends[1])], colours[name], 1))
             shapes.append(el("circle", cx=x, cy=y, r=3.0, fill=colours[name]))
-    shapes.append(text(panel.title, across.start, 20, "start", "#111827", bold=True))
-    shapes.append(text(panel.below, (across.start + across.end) / 2, SIZE[1] - 14, "middle", "#374151"))
+    shapes.append(words(panel.title, across.start, 20, "start", "#111827", bold=True))
+    shapes.append(words(panel.below, (across.start + across.end) / 2, SIZE[1] - 14, "middle", "#374151"))
     return shapes
 
 
