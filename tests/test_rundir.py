@@ -176,8 +176,11 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_torn_line_is_left_out(tmp_p
     with stage.metrics.open("a") as file:
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in read_jsonl(stage.metrics)] == [1, 2, 3]
-    stage.keep_metrics_before(2)
+    stage.log_spike({"step": 2})
+    stage.log_spike({"step": 3})
+    stage.keep_rows_until(2)
     assert [row["step"] for row in read_jsonl(stage.metrics)] == [1, 2]
+    assert [row["step"] for row in read_jsonl(stage.spikes)] == [2]
     write_text(stage.metrics, "oops\n{}\n")
     with pytest.raises(RunError, match=r"metrics\.jsonl:1"):
         read_jsonl(stage.metrics)

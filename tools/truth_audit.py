@@ -42,7 +42,7 @@ def recipe(seed: int) -> dict[str, Any]:
             "prompts_per_rollout": 96,
             "num_samples": 4,
             "sampling": sampling,
-            "policy": {"kl_coef": 0.0, "kl_controller": "fixed", "epochs": 2, "value_from_reward": False},
+            "policy": {"kl_coef": 0.0, "kl_controller": "fixed", "epochs": 2, "value_from": "policy"},
             "optim": {**optim, "learning_rate": 4e-4, "batch_tokens": 16384},
         },
         "evaluation": {

@@ -48,6 +48,11 @@ class Record:
         """Hash of the content, `source` left out: the same row from two files is one record."""
         return content_hash({key: value for key, value in self.to_dict().items() if key != "source"})
 
+    @property
+    def origin(self) -> str:
+        """What to call it when it is told of: where it came from, or its id where that is not known."""
+        return self.source or self.id
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping with the record's `type`; fields at their default are left out."""
         row: dict[str, Any] = {"type": RECORD_NAMES[type(self)]}

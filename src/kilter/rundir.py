@@ -163,6 +163,7 @@ class StageDir:
         self.result = path / "result"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.spikes = path / "spikes.jsonl"
         self.samples = path / "samples.jsonl"
 
     @property
@@ -180,15 +181,24 @@ class StageDir:
         """Mark the stage as ended; written last, so an unfinished stage is never taken for a finished one."""
         write_json(self.path / "done.json", figures)
 
-    def keep_metrics_before(self, step: int) -> None:
+    def keep_rows_until(self, step: int) -> None:
         """Drop the rows of steps that a resumed stage will do again, so that no step stands twice."""
-        rows = read_jsonl(self.metrics)
-        write_jsonl(self.metrics, [row for row in rows if row["step"] <= step])
+        for path in (self.metrics, self.spikes):
+            if path.exists():
+                write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= step])
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
-        with explained(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        _append(self.metrics, row)
+
+    def log_spike(self, row: Mapping[str, Any]) -> None:
+        """Append one row to spikes.jsonl: a step with an unusual gradient."""
+        _append(self.spikes, row)
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    with explained(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 class RunDir:

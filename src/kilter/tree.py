@@ -38,6 +38,8 @@ class Group:
 
     prompt: tuple[int, ...]
     responses: tuple[Response, ...]
+    name: str = ""
+    """Where it came from, in words: a file and its line, a record; becomes one of `Batch.names`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ class Batch:
     """float[N], the reference's log-probs of the targets, filled by the source when a loss asks for it."""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """By documented name: desirable[R], rank[R], old_logprobs[N], old_values[N], advantages[N], returns[N], ..."""
+    names: tuple[str, ...] = ()
+    """G names: where each group came from."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -232,7 +236,7 @@ def make_batch(rows: Sequence[Sequence[Group]], pad_id: int = 0) -> Batch:
         "prompts": len(groups),
         "pairs": pairs,
     }
-    return Batch(tree, units, extras.pop("ref_logprobs", None), extras)
+    return Batch(tree, units, extras.pop("ref_logprobs", None), extras, tuple(group.name for group in groups))
 
 
 def _common_names(carried: Sequence[Mapping[str, object]]) -> list[str]:
@@ -382,6 +386,7 @@ def part(batch: Batch, keep: Tensor, *, extras: Collection[str]) -> Batch:
         return rows.view(height, narrow)
 
     scored_here, number = keep[tree.leaf], keep.cumsum(0) - 1
+    groups, group = torch.unique(tree.group[keep], return_inverse=True)
     smaller = TokenTree(
         tokens=laid(tree.tokens, 0),
         positions=laid(tree.positions, 0),
@@ -391,11 +396,17 @@ def part(batch: Batch, keep: Tensor, *, extras: Collection[str]) -> Batch:
         target=tree.target[scored_here],
         leaf=number[tree.leaf[scored_here]],
         last=moved[tree.last[keep]],
-        group=torch.unique(tree.group[keep], return_inverse=True)[1],
+        group=group,
     )
     known = batch.ref_logprobs
     carried = {name: batch.extras[name][keep] for name in extras if name in batch.extras}
-    return replace(batch, tree=smaller, ref_logprobs=None if known is None else known[scored_here], extras=carried)
+    return replace(
+        batch,
+        tree=smaller,
+        ref_logprobs=None if known is None else known[scored_here],
+        extras=carried,
+        names=tuple(batch.names[place] for place in groups.tolist()) if batch.names else (),
+    )
 
 
 def split_by_response(values: Tensor, leaf: Tensor, num_responses: int) -> list[Tensor]:

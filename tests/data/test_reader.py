@@ -59,7 +59,7 @@ def test_own_records_come_back(tmp_path: Path, record: Any) -> None:
     result = read(path)
     assert [found.to_dict() | {"source": ""} for found in result.records] == [record.to_dict() | {"source": ""}]
     assert result.records[0].id == record.id
-    assert result.records[0].source == (record.source or "own.jsonl")
+    assert result.records[0].source == (record.source or "own.jsonl:1")
 
 
 def test_write_is_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -77,3 +77,32 @@ def test_a_folder_without_a_run_is_refused_and_one_that_sampled_nothing_says_so(
         why(tmp_path / "nowhere")
     (tmp_path / "recipe.yaml").touch()
     assert in_words(why(tmp_path)).startswith("No stage of this run sampled")
+
+
+def spike(step: int, times: float, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {"step": step, "grad_norm": 0.5 * times, "usual": 0.5, "rows": list(rows)}
+
+
+def test_a_step_that_jumped_is_told_with_the_rows_it_came_from(tmp_path: Path) -> None:
+    def row(name: str, share: float, **texts: Any) -> dict[str, Any]:
+        return {"name": name, "share": share, "norm": 1.0, "prompt": "Why?", "responses": ["So.", "No."]} | texts
+
+    folder = stage(tmp_path, "01-sft", [{"step": 1, "loss": 1.0}])
+    said = [
+        spike(20, 6.0, []),
+        spike(30, 12.4, [row("a.jsonl:7", 0.9, prompt="<|user|>\n" + "x" * 90), row("a.jsonl:9", 0.2)]),
+        spike(31, 5.5, [row("a.jsonl:1", 1.0)]),
+        spike(40, 9.0, [row(f"b.jsonl:{at}", 0.2) for at in range(5)]),
+    ]
+    (folder / "spikes.jsonl").write_text("".join(json.dumps(one) + "\n" for one in said))
+    lines = in_words(why(tmp_path)).splitlines()
+    assert lines[0] == "01-sft:"
+    unknown = "it came from rows that are not known: several processes trained"
+    assert lines[1] == f"  step 20: its gradient was 6 times the usual one; {unknown}"
+    assert lines[2] == "  step 30: its gradient was 12 times the usual one; it came from"
+    assert lines[3] == f"    90% a.jsonl:7: ...{'x' * 67} -> So. | No."
+    assert lines[4] == "    20% a.jsonl:9: Why? -> So. | No."
+    assert lines[5].startswith("  step 40: its gradient was 9 times")
+    assert [line.split(":")[1] for line in lines[6:9]] == ["0", "1", "2"], "the three largest"
+    assert lines[9] == "  1 more such steps are in spikes.jsonl"
+    assert lines[10].startswith("    try: look at these rows") and len(lines) == 11

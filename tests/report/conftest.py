@@ -323,6 +323,11 @@ def build_run(folder: Path, *, seeds: int = 1, hostile: bool = True, without: tu
         text = HOSTILE + TRICKS if hostile else "It is green."
         row = {"weight": 0.97, "margin": -3.5, "prompt": QUESTIONS["fact"], "chosen": text, "rejected": GOOD["fact"]}
         write_rows(folder / "stages/03-dpo/heaviest.jsonl", [row] * 7)
+    if "spikes.jsonl" not in without:
+        text = HOSTILE + TRICKS if hostile else "It is green."
+        behind = {"name": f"{text}:3", "share": 0.9, "norm": 2.0, "prompt": text, "responses": [text, GOOD["fact"]]}
+        spike = {"step": 9, "grad_norm": 4.2, "usual": 0.5, "rows": [behind]}
+        write_rows(folder / "stages/03-dpo/spikes.jsonl", [spike])
     return folder
 
 

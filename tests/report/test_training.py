@@ -67,3 +67,27 @@ def test_thinning_averages_neighbours() -> None:
 def test_any_scale_can_be_drawn(values: list[float]) -> None:
     (stage,) = charts_of([{"step": i, "loss/x": value} for i, value in enumerate(values)])
     assert "nan" not in draw_chart(stage.charts[0], "told")
+
+
+def spike(step: int, times: float, shares: list[float]) -> dict[str, Any]:
+    rows = [
+        {"name": f"a.jsonl:{at}", "share": share, "prompt": "Why?", "responses": ["So.", "No."]}
+        for at, share in enumerate(shares)
+    ]
+    return {"step": step, "grad_norm": 0.5 * times, "usual": 0.5, "rows": rows}
+
+
+def test_the_rows_behind_the_steps_furthest_from_usual() -> None:
+    spikes = [spike(5, 6.0, [0.9]), spike(8, 5.5, [1.0]), spike(9, 12.0, [0.4, 0.3, 0.2, 0.1]), spike(12, 7.0, [])]
+    torn: list[dict[str, Any]] = [
+        {"step": 13, "grad_norm": 9.0, "usual": None},
+        {"step": 14, "grad_norm": 1.0, "usual": 0},
+    ]
+    rows = [{"step": step, "loss": step} for step in range(3)]
+    (stage,) = stage_charts(RunFiles(Path("run"), metrics={"01-sft": rows}, spikes={"01-sft": [*spikes, *torn]}))
+    assert stage.num_spikes == 6
+    assert [(row.step, row.times, row.share, row.name) for row in stage.spikes] == [
+        (5, 6.0, 0.9, "a.jsonl:0"),
+        *[(9, 12.0, share, f"a.jsonl:{at}") for at, share in enumerate([0.4, 0.3, 0.2])],
+    ]
+    assert stage.spikes[0].responses == ("So.", "No.")

@@ -170,7 +170,7 @@ def test_what_is_left_open_is_the_algorithms_own() -> None:
     ("name", "numbers", "message"),
     [
         ("grpo", {"vf_coef": 0.1}, r"policy\.vf_coef is 0\.1, but grpo has no critic"),
-        ("rloo", {"value_from_reward": False}, r"policy\.value_from_reward is False, but rloo has no critic"),
+        ("rloo", {"value_from": "policy"}, r"policy\.value_from is policy, but rloo has no critic"),
         ("grpo", {"kl_controller": "adaptive"}, "only a price in the reward is steered"),
         ("grpo", {"kl_controller": "budget"}, "only a price in the reward is steered"),
         ("rloo", {"kl_controller": "budget", "kl_coef": 0.0}, "which no factor raises"),

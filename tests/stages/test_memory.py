@@ -77,7 +77,7 @@ def test_what_to_change_in_order_and_what_each_saves(folder: Path) -> None:
     assert gib_of(text, "reference, frozen") == pytest.approx(4 * parameters / GIB, abs=6e-4)
     found = text.split("it does not fit into 24.0 GiB")[1].splitlines()[1:]
     steps = [line for line in found if "GiB less" in line]
-    for line, name in zip(steps, ["lora.rank 16", "precision.base nf4", "policy.value_from_reward"], strict=False):
+    for line, name in zip(steps, ["lora.rank 16", "precision.base nf4", "policy.value_from policy"], strict=False):
         assert line.strip().startswith(name)
     left = [float(line.split("less, ")[1].split(" in all")[0]) for line in steps]
     assert left == sorted(left, reverse=True) and len(steps) == 6

@@ -161,7 +161,7 @@ def test_cutting_takes_from_the_prompts_beginning_and_never_from_a_response() ->
         long, PreferencePair(prompt=QUESTION, chosen="x", rejected="y"), max_tokens=10, over_long="cut_prompt"
     )
     assert found.tally.dropped == Counter({"response longer than 10 tokens": 1})
-    with pytest.raises(DataError, match=r"record 1 \(file.jsonl:7\): 15 tokens, at most 13 fit"):
+    with pytest.raises(DataError, match=r"file.jsonl:7: 15 tokens, at most 13 fit"):
         convert(long, max_tokens=13, over_long="error")
 
 

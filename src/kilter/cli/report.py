@@ -13,7 +13,8 @@ HELP = """usage: kilter report RUN
 
 Write RUN/report.html and RUN/card.md from the run's files and print the main figures. Nothing is trained or sampled.
 With `why`: say in plain words which symptoms each stage that sampled showed (docs/guard.md), since which rollout, their
-likely causes, and what to try.
+likely causes, and what to try; which numbers of the recipe its figures speak against; which rows a step came from whose
+gradient jumped.
 
 examples:
   kilter report runs/demo

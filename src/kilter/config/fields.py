@@ -99,6 +99,7 @@ class Optim(Model):
         "learning_rate": (1e-7, 5e-3),
         "weight_decay": (0, 0.2),
         "max_grad_norm": (0.1, 10),
+        "spike": (3, 20),
     }
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
@@ -115,6 +116,9 @@ class Optim(Model):
     """Share of the steps in which the learning rate rises from zero."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Clip the gradient's norm at this value."""
+    spike: Annotated[float, Field(ge=0)] = 5.0
+    """Write the rows behind a step whose gradient is this many times longer than the median of the 32 steps before it
+    into spikes.jsonl, for `kilter report why`; it costs a backward for each prompt of such a step; 0: never."""
     batch_size: Annotated[int, Field(gt=0)] = 32
     """Prompts in one optimizer step."""
     row_tokens: Annotated[int, Field(gt=0)] = 512
@@ -476,7 +480,18 @@ class PolicyConfig(Model):
     """Optimizer steps in one pass."""
     value_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the value function; none given: the policy's."""
-    value_from_reward: bool = True
-    """Start the value function from the reward model; otherwise from the policy."""
+    value_from: Literal["reward", "policy", "shared"] = "reward"
+    """What the value function starts as: the reward model, where that is one; or the policy with a head of zeros, as
+    weights (an adapter) of its own; or `shared`: that head alone, on the policy's own states, which both then train:
+    one pass in place of two, and the least memory."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """First rollouts in which the value function alone learns; the policy stays what it is, to the bit."""
+
+    @model_validator(mode="after")
+    def _own_weights(self) -> Self:
+        if self.critic_warmup and self.value_from == "shared":
+            raise ValueError(
+                f"critic_warmup is {self.critic_warmup} and value_from shared: the value would move the policy's "
+                "weights; set critic_warmup to 0, or value_from to reward or policy"
+            )
+        return self

@@ -129,7 +129,7 @@ class _Made:
             self.skipped.append(Skipped(row.line, err.field, err.reason))
             self.aside.append({"line": row.line, "field": err.field, "reason": err.reason, "row": row.value})
             return
-        self.records += [replace(item, source=item.source or place.name) for item in found]
+        self.records += [replace(item, source=item.source or f"{place.name}:{row.line}") for item in found]
         self.lines += [row.line] * len(found)
 
 

@@ -15,6 +15,10 @@ from kilter.guard.rows import rows_of
 from kilter.guard.watch import ALARMS, looked_back
 from kilter.rundir import read_jsonl
 
+SPIKES = "spikes.jsonl"
+SPIKES_TOLD, ROWS_TOLD, TEXT_TOLD = 3, 3, 70
+"""Of a stage's spikes, of a spike's rows and of a row's texts: how much is said."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageFound:
@@ -29,6 +33,8 @@ class StageFound:
     """Folders of steps that were not finite."""
     causes: Sequence[Named] = ()
     """Numbers of the recipe that its figures speak against, the likeliest first."""
+    spikes: Sequence[Mapping[str, Any]] = ()
+    """As in spikes.jsonl: steps with an unusual gradient, and the rows behind each."""
 
 
 def why(run: Path) -> list[StageFound]:
@@ -48,8 +54,9 @@ def why(run: Path) -> list[StageFound]:
         failures = sorted(str(path) for path in folder.glob("failures/*"))
         options = stages.get(folder.name.partition("-")[2], {})
         named = causes(Course(options, rows, steps, ended=(folder / "done.json").exists()))
-        if rows or failures or named:
-            found.append(StageFound(folder.name, len(rows), said, failures, named))
+        spikes = read_jsonl(folder / SPIKES)
+        if rows or failures or named or spikes:
+            found.append(StageFound(folder.name, len(rows), said, failures, named, spikes))
     if not found and not (run / "recipe.yaml").exists():
         raise RunError(f"{run}: no run is in it (no recipe.yaml, no stages); give a directory under runs/")
     return found
@@ -89,5 +96,33 @@ def _paragraph(stage: StageFound) -> str:
         likely = "most likely wrong" if not place else "also"
         lines += [f"  {likely}: {one.cause} ({one.times:.1f} times beyond what is usual): {one.says}"]
         lines += [f"    try: {one.remedy}"]
+    lines += _spiked(stage.spikes)
     lines += [f"  a step was not finite; its batch and weights are kept in {folder}" for folder in stage.failures]
     return "\n".join(lines) if len(lines) > 1 else f"{lines[0]} no symptom"
+
+
+def _spiked(spikes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The steps whose gradients were furthest from usual, and of each the rows that most of it came from."""
+    lines = []
+    worst = sorted(spikes, key=lambda spike: spike["usual"] / spike["grad_norm"])[:SPIKES_TOLD]
+    for spike in sorted(worst, key=lambda spike: spike["step"]):
+        times = spike["grad_norm"] / max(spike["usual"], 1e-12)
+        lines.append(f"  step {spike['step']}: its gradient was {times:.0f} times the usual one; it came from")
+        lines += [
+            f"    {row['share']:.0%} {row['name']}: {_short(row['prompt'])} -> "
+            + " | ".join(map(_short, row["responses"]))
+            for row in spike["rows"][:ROWS_TOLD]
+        ]
+        if not spike["rows"]:
+            lines[-1] += " rows that are not known: several processes trained"
+    if more := len(spikes) - len(worst):
+        lines.append(f"  {more} more such steps are in spikes.jsonl")
+    if lines:
+        lines.append("    try: look at these rows, and take out those that are wrong; lower the learning rate")
+    return lines
+
+
+def _short(text: str) -> str:
+    """A text in a few words, on one line: its end is what an answer is about."""
+    words = " ".join(text.split())
+    return words if len(words) <= TEXT_TOLD else f"...{words[3 - TEXT_TOLD :]}"

@@ -65,6 +65,7 @@ class RunFiles:
     evaluated: dict[str, list[Row]] = field(default_factory=dict)
     metrics: dict[str, list[Row]] = field(default_factory=dict)
     heaviest: dict[str, list[Row]] = field(default_factory=dict)
+    spikes: dict[str, list[Row]] = field(default_factory=dict)
     agreements: dict[str, Row] = field(default_factory=dict)
     audits: dict[str, Row] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -90,22 +91,24 @@ def read_run(folder: Path) -> RunFiles:
         for path in sorted(evaluation.glob("*.jsonl"))
         if path.name not in ("curve.jsonl", "answers.jsonl")
     }
-    found = sorted(folder.glob("stages/*/metrics.jsonl"))
-    metrics = {path.parent.name: _rows(path, folder, problems) for path in found}
     return RunFiles(
         folder=folder,
         summary=_summary(folder / "summary.json", problems),
         curve=_rows(evaluation / "curve.jsonl", folder, problems),
         answers=_rows(evaluation / "answers.jsonl", folder, problems),
         evaluated=evaluated,
-        metrics=metrics,
-        heaviest={
-            path.parent.name: _rows(path, folder, problems) for path in sorted(folder.glob("stages/*/heaviest.jsonl"))
-        },
+        metrics=_rows_each(folder, "stages/*/metrics.jsonl", problems),
+        heaviest=_rows_each(folder, "stages/*/heaviest.jsonl", problems),
+        spikes=_rows_each(folder, "stages/*/spikes.jsonl", problems),
         agreements=_each(folder, "stages/*/agreement.json", 1, problems),
         audits=_each(folder, "stages/*/result/audit.json", 2, problems),
         problems=problems,
     )
+
+
+def _rows_each(folder: Path, pattern: str, problems: list[str]) -> dict[str, list[Row]]:
+    """The rows of all files of a pattern, by the stage's folder."""
+    return {path.parent.name: _rows(path, folder, problems) for path in sorted(folder.glob(pattern))}
 
 
 def _each(folder: Path, pattern: str, up: int, problems: list[str]) -> dict[str, Row]:

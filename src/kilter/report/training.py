@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from markupsafe import Markup
 
+from kilter.report.answers import visible
 from kilter.report.figures import model_label, number, write_number
-from kilter.report.files import Row, RunFiles
+from kilter.report.files import Row, RunFiles, listing
 from kilter.report.svg import Axis, Point, axis_over, el, path, tick_step, tick_text
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 330, 150, 46, 22, 10
 MOST_POINTS = 300
 MOST_CHARTS = 6
+MOST_SPIKES, MOST_ROWS = 3, 3
 # What a reader wants first; other names follow in the order of the file, and those of the machine come last.
 _FIRST = (
     "loss/",
@@ -48,6 +50,18 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
+class SpikeRow:
+    """A row of data behind a step whose gradient was `times` the usual one."""
+
+    step: int
+    times: float
+    share: float
+    name: str
+    prompt: str
+    responses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StageCharts:
     """The charts of a stage, `stage` being its folder's name; `left_out` names figures the file has beyond those."""
 
@@ -56,14 +70,17 @@ class StageCharts:
     steps: int
     charts: tuple[Chart, ...]
     left_out: tuple[str, ...]
+    num_spikes: int = 0
+    spikes: tuple[SpikeRow, ...] = ()
 
 
 def stage_charts(run: RunFiles) -> list[StageCharts]:
     """All stages that wrote metrics, in the order of their folders."""
-    return [charts for stage, rows in run.metrics.items() if (charts := _charts(stage, rows)).charts]
+    found = (_charts(stage, rows, run.spikes.get(stage, [])) for stage, rows in run.metrics.items())
+    return [charts for charts in found if charts.charts]
 
 
-def _charts(stage: str, rows: Sequence[Row]) -> StageCharts:
+def _charts(stage: str, rows: Sequence[Row], spikes: Sequence[Row]) -> StageCharts:
     series: dict[str, list[tuple[float, float]]] = {}
     for index, row in enumerate(rows):
         given = number(row.get("step"))
@@ -84,7 +101,31 @@ def _charts(stage: str, rows: Sequence[Row]) -> StageCharts:
     for name in names[:shown]:
         steps, values = zip(*series[name], strict=True)
         charts.append(Chart(name, steps, values))
-    return StageCharts(stage, stage_label(stage), len(rows), tuple(charts), tuple(names[shown:]))
+    left_out = tuple(names[shown:])
+    return StageCharts(stage, stage_label(stage), len(rows), tuple(charts), left_out, len(spikes), _worst(spikes))
+
+
+def _worst(spikes: Sequence[Row]) -> tuple[SpikeRow, ...]:
+    """The rows with the largest shares of the steps that were furthest from usual, in the order of the steps."""
+    rated = []
+    for spike in spikes:
+        step, norm, usual = (number(spike.get(name)) for name in ("step", "grad_norm", "usual"))
+        if step is not None and norm is not None and usual:
+            rated.append((norm / usual, int(step), listing(spike, "rows")[:MOST_ROWS]))
+    worst = sorted(sorted(rated, key=lambda one: -one[0])[:MOST_SPIKES], key=lambda one: one[1])
+    return tuple(
+        SpikeRow(
+            step,
+            times,
+            number(row.get("share")) or 0.0,
+            visible(row.get("name")),
+            visible(row.get("prompt")),
+            tuple(visible(text) for text in listing(row, "responses")),
+        )
+        for times, step, rows in worst
+        for row in rows
+        if isinstance(row, Mapping)
+    )
 
 
 def stage_label(folder: str) -> str:

@@ -21,7 +21,7 @@ CRITICS = (
     "gamma",
     "gae_lambda",
     "value_learning_rate",
-    "value_from_reward",
+    "value_from",
     "critic_warmup",
 )
 """The numbers of a critic alone."""

@@ -71,7 +71,11 @@ class PairSource(RolloutSource):
 
     def _learn(self, answers: Scored) -> None:
         groups = [
-            Group(group[0][0].completion.prompt, tuple(Response(rollout.completion.ids) for rollout, _ in group))
+            Group(
+                group[0][0].completion.prompt,
+                tuple(Response(rollout.completion.ids) for rollout, _ in group),
+                group[0][0].prompt.origin,
+            )
             for group in answers
         ]
         if self._reference:  # of all answers, so that the round's KL is that of the policy and not of the extremes

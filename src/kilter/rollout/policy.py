@@ -128,6 +128,7 @@ class PolicySource(RolloutSource):
                     Response(rollout.completion.ids, per_response={"response": float(next(numbers))})
                     for rollout, _ in group
                 ),
+                group[0][0].prompt.origin,
             )
             for group in answers
         ]

@@ -269,6 +269,7 @@ def _plain(groups: Sequence[Group]) -> dict[str, Any]:
     first = responses[0] if responses else Response(())
     return {
         "prompts": [list(group.prompt) for group in groups],
+        "names": [group.name for group in groups],
         "answers": [[list(response.ids) for response in group.responses] for group in groups],
         "per_token": {
             name: torch.cat([torch.as_tensor(response.per_token[name]) for response in responses])
@@ -298,6 +299,6 @@ def _groups(state: Mapping[str, Any]) -> list[Group]:
         )
 
     return [
-        Group(tuple(prompt), tuple(response(ids) for ids in group))
-        for prompt, group in zip(state["prompts"], state["answers"], strict=True)
+        Group(tuple(prompt), tuple(response(ids) for ids in group), name)
+        for prompt, group, name in zip(state["prompts"], state["answers"], state["names"], strict=True)
     ]

@@ -67,8 +67,8 @@ def parts(stage: Trains, shape: Shape, reward: Shape | None) -> list[Part]:
     if _has_reference(stage):
         found.append(Part("reference, frozen", shape.base_bytes("float32")))
         copied += shape.parameters
-    if isinstance(stage, RlStage) and ALGORITHMS[stage.algorithm].critic:
-        if reward is not None and stage.policy.value_from_reward:
+    if isinstance(stage, RlStage) and ALGORITHMS[stage.algorithm].critic and stage.policy.value_from != "shared":
+        if reward is not None and stage.policy.value_from == "reward":
             add("value, from the reward model", reward)
         elif lora:
             found.append(Part("value: adapter on the policy's model", TRAINED_BYTES * shape.adapter(lora)))
@@ -141,12 +141,16 @@ def _in_4_bits(stage: Trains) -> Trains:
     return _set(stage, "precision", base="nf4", compute="bfloat16", device="cuda")
 
 
+def _from_reward(stage: Trains) -> bool:
+    return isinstance(stage, RlStage) and stage.policy.value_from == "reward"
+
+
 CHANGES: tuple[Change, ...] = (
     (f"lora.rank {LORA_RANK}", lambda stage: stage if stage.lora.rank else _set(stage, "lora", rank=LORA_RANK)),
     ("precision.base nf4, with precision.compute bfloat16 and precision.device cuda", _in_4_bits),
     (
-        "policy.value_from_reward false: the value's adapter on the policy's model",
-        lambda stage: _set(stage, "policy", value_from_reward=False) if isinstance(stage, RlStage) else stage,
+        "policy.value_from policy: the value's adapter on the policy's model",
+        lambda stage: _set(stage, "policy", value_from="policy") if _from_reward(stage) else stage,
     ),
     ("precision.gradient_checkpointing true", lambda stage: _set(stage, "precision", gradient_checkpointing=True)),
     (f"optim.batch_tokens {FEW_TOKENS}: shorter rows", _least("optim", "batch_tokens", FEW_TOKENS)),

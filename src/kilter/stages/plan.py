@@ -95,14 +95,8 @@ def _reward_shape(context: Context, stage: Trains, shape: Shape) -> tuple[Shape 
 def _resident(stage: Trains) -> str:
     """The models that a stage holds, in words; of a preference loss, as many as it asks for."""
     lora = bool(stage.lora.rank)
-    if isinstance(stage, RlStage) and not ALGORITHMS[stage.algorithm].critic:
-        if lora:
-            return "two models: policy and reference on one, reward"
-        return "three models: policy, reference, reward"
     if isinstance(stage, RlStage):
-        if lora:
-            return "three models: policy and reference on one, value, reward"
-        return "four models: policy, reference, value, reward"
+        return _roles(stage)
     if isinstance(stage, RewardStage):
         return "one model: the reward model"
     scorer = isinstance(stage, OnlineStage)
@@ -112,6 +106,19 @@ def _resident(stage: Trains) -> str:
     if lora and not stage.reference:
         return f"one trunk: the policy's adapter on the reference{beside}"
     return f"two models: policy and reference{beside}"
+
+
+def _roles(stage: RlStage) -> str:
+    """The models of a policy gradient, those that several roles stand on first."""
+    lora, start = bool(stage.lora.rank), stage.policy.value_from
+    on_one, apart = ["policy"], list[str]()
+    (on_one if lora else apart).append("reference")
+    if ALGORITHMS[stage.algorithm].critic:
+        from_policy = start == "policy" or not is_model(stage.reward)
+        (on_one if start == "shared" or (lora and from_policy) else apart).append("value")
+    first = f"{', '.join(on_one[:-1])} and {on_one[-1]} on one" if len(on_one) > 1 else "policy"
+    models = [first, *apart, "reward"]
+    return f"{('', '', 'two', 'three', 'four')[len(models)]} models: {', '.join(models)}"
 
 
 def shape_of(config: Any) -> Shape:

@@ -143,6 +143,7 @@ def run_prefer(context: Context, stage: PreferStage) -> Figures:
     snapshots = Snapshots(context, trunk, equipment, snapshot_places(source.num_steps, stage.snapshots))
     train(
         context,
+        equipment,
         trunk,
         objective,
         source if sync is None else LiveReference(source, trunk),
@@ -203,7 +204,7 @@ def run_online(context: Context, stage: OnlineStage) -> Figures:
 
     also = {} if sync is None else {"reference": sync}
     steps = stage.rounds * a_round
-    state = train(context, trunk, objective, source, stage.optim, steps, on_step=on_step, also=also)
+    state = train(context, equipment, trunk, objective, source, stage.optim, steps, on_step=on_step, also=also)
     if source.stopped:
         context.watch.say(f"  stopped after step {state.step}: {source.stopped}")
     save_causal_lm(trunk, "policy", context.folder.result, equipment.template())

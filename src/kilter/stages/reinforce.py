@@ -78,11 +78,12 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     seen = seen_by_reward(context, reward, prompts)
     dtype = compute_dtype(stage.precision)
     scorer = scorer_of(reward, combine=stage.combine, dtype=dtype, device=stage.precision.device)
-    value_from = reward if numbers.value_from_reward and is_model(reward) else None
     held: dict[str, Any] = {"lora": lora_of(stage.lora), "generator": context.generator("adapters")}
     held |= held_as(stage.precision)
     if objective.value is not None:
-        trunk = ppo_trunk(equipment.folder, value_from, **held)
+        from_reward = reward if numbers.value_from == "reward" and is_model(reward) else None
+        shared = numbers.value_from == "shared"
+        trunk = ppo_trunk(equipment.folder, from_reward, value="policy" if shared else "own", **held)
     else:
         trunk = policy_trunk(equipment.folder, reference=True, **held)
     trunk.train_only(*objective.roles)
@@ -134,6 +135,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         drawn = PtxSource(source, ptx_text(context, equipment, stage, steps), lambda: not source.warming_up)
     state = train(
         context,
+        equipment,
         trunk,
         learned,
         drawn,

@@ -114,7 +114,7 @@ def run_reward(context: Context, stage: RewardStage) -> Figures:
     gap = max(check_trunk(context, trunk, role, read.groups, stage.precision) for role in _apart(stage, heads.roles))
     source = source_of(context, read.groups, stage.optim, stage.epochs, equipment.encoder.pad_id)
     evaluate = evaluation(objective, read.held, stage.optim, equipment.encoder.pad_id)
-    train(context, trunk, objective, source, stage.optim, source.num_steps, evaluate=evaluate)
+    train(context, equipment, trunk, objective, source, stage.optim, source.num_steps, evaluate=evaluate)
     pairs = [item for record in read.held_records for item in pairs_of(record)]
     data.write(context.folder.path / HELD_OUT, pairs)
     trunk.eval()

@@ -50,7 +50,7 @@ def run_sft(context: Context, stage: SftStage) -> Figures:
     pad_id = equipment.encoder.pad_id
     source = source_of(context, read.groups, stage.optim, stage.epochs, pad_id, weight=stage.data.weight, more=more)
     evaluate = evaluation(objective, read.held, stage.optim, pad_id)
-    train(context, trunk, objective, source, stage.optim, source.num_steps, evaluate=evaluate)
+    train(context, equipment, trunk, objective, source, stage.optim, source.num_steps, evaluate=evaluate)
     save_causal_lm(trunk, "policy", context.folder.result, equipment.template())
     parameters = sum(parameter.numel() for parameter in trunk.models["policy"].parameters())
     figures = {"both_ways_gap": gap, "steps": source.num_steps, "parameters": parameters}

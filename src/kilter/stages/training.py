@@ -21,6 +21,7 @@ from kilter.models.roles import Lora
 from kilter.models.trunk import Trunk
 from kilter.records import Record
 from kilter.stages.context import Context
+from kilter.stages.spiked import spikes_of
 from kilter.train.checkpoint import CheckpointStore, Stateful
 from kilter.train.checks import (
     LOW_PRECISION_TOLERANCE,
@@ -227,6 +228,7 @@ def read_split(
 
 def train(
     context: Context,
+    equipment: Equipment,
     trunk: Trunk,
     objective: Any,
     source: BatchSource,
@@ -240,7 +242,7 @@ def train(
     stop: Callable[[int, dict[str, float]], bool] | None = None,
     also: Mapping[str, Stateful] | None = None,
 ) -> TrainState:
-    """Run the loop with the stage's checkpoints, its metrics.jsonl and its progress; goes on where it was."""
+    """Run the loop with the stage's checkpoints, its metrics, spikes and progress; goes on where it was."""
     folder = context.folder
     optimizer = make_optimizer(
         trunk,
@@ -254,7 +256,7 @@ def train(
     state = TrainState(trunk, optimizer, make_schedule(optim.schedule, steps=steps, warmup_steps=warmup))
     store = CheckpointStore(folder.checkpoints)
     before = store.latest_step() or 0
-    folder.keep_metrics_before(before)
+    folder.keep_rows_until(before)
     if before:
         context.watch.say(f"  goes on from step {before} of {steps}")
     context.watch.begin(context.name, steps, before)
@@ -282,4 +284,5 @@ def train(
         evaluate_every=optim.evaluate_every,
         early_stop=EarlyStop(metric, optim.early_stop) if optim.early_stop and evaluate is not None else None,
         failures=folder.path / "failures",
+        spikes=spikes_of(context, equipment.tokenizer, optim),
     )

@@ -267,6 +267,7 @@ def save_batches(folder: Path, batches: Sequence[Batch], about: Mapping[str, Any
             "units": batch.units,
             "ref_logprobs": batch.ref_logprobs,
             "extras": batch.extras,
+            "names": list(batch.names),
         }
         for batch in batches
     ]
@@ -278,6 +279,7 @@ def load_batches(folder: Path) -> tuple[list[Batch], dict[str, Any]]:
     """The inverse of `save_batches`: the micro-batches, and what was said of them."""
     held = _read_state(folder, "batches")
     batches = [
-        Batch(TokenTree(**row["tree"]), row["units"], row["ref_logprobs"], row["extras"]) for row in held["batches"]
+        Batch(TokenTree(**row["tree"]), row["units"], row["ref_logprobs"], row["extras"], tuple(row["names"]))
+        for row in held["batches"]
     ]
     return batches, held["about"]

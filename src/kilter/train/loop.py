@@ -19,6 +19,7 @@ from kilter.train import distributed
 from kilter.train.checkpoint import CheckpointStore, Stateful, save_batches
 from kilter.train.objectives import LossOutput, Objective, finished, prepared
 from kilter.train.optimizer import Schedule, constant, set_learning_rate, trained_parameters
+from kilter.train.spikes import Row, Spike, Spikes, rows_behind
 from kilter.tree import Batch
 
 
@@ -97,6 +98,7 @@ def train_step(
     *,
     max_grad_norm: float = 1.0,
     failures: Path | None = None,
+    spikes: Spikes | None = None,
 ) -> dict[str, float]:
     """One update from the micro-batches of one step. The same batches cut otherwise give the same gradient.
 
@@ -104,6 +106,7 @@ def train_step(
         batches: this process's micro-batches; processes may have different numbers of them.
         max_grad_norm: the gradient is scaled down to this norm.
         failures: where the batches are saved when the gradient is not finite.
+        spikes: told of the gradient's norm, and of the rows behind it when it is unusual.
     Returns:
         Figures of the step: `loss`, `loss/<term>`, the objective's, `grad_norm` (before clipping), `learning_rate`,
         `tokens` (scored, over all processes).
@@ -129,6 +132,8 @@ def train_step(
     means, (norm,) = sums.means(grad_norm)
     if not math.isfinite(norm + _total(means)):
         raise CheckError(_report_failure(state.step, norm, means, local, failures))
+    if spikes is not None and (usual := spikes.usual(norm)) is not None:
+        spikes.tell(Spike(state.step + 1, norm, usual, _rows_behind(state, objective, local, units)))
     clip_grads_with_norm_(trained_parameters(state.optimizer).values(), max_grad_norm, grad_norm)
     learning_rate = set_learning_rate(state.optimizer, state.schedule(state.step))
     state.optimizer.step()
@@ -147,6 +152,16 @@ def _loss(out: LossOutput, units: Mapping[str, float], step: int) -> Tensor:
             )
         parts.append(value / units[unit])
     return torch.stack(parts).sum()
+
+
+def _rows_behind(
+    state: TrainState, objective: Objective, batches: Sequence[Batch], units: Mapping[str, float]
+) -> list[Row]:
+    if distributed.world_size() > 1:
+        return []
+    parameters = list(trained_parameters(state.optimizer).values())
+    with distributed.lowered(state.trunk):
+        return rows_behind(state.trunk, objective, batches, lambda out: _loss(out, units, state.step), parameters)
 
 
 def _total(means: Mapping[str, float]) -> float:
@@ -240,6 +255,7 @@ def fit(
     evaluate_every: int = 0,
     early_stop: EarlyStop | None = None,
     failures: Path | None = None,
+    spikes: Spikes | None = None,
 ) -> TrainState:
     """Trains to `steps` steps, going on from the last checkpoint where there is one.
 
@@ -256,10 +272,13 @@ def fit(
         evaluate_every: steps between evaluations; one more is made at the end. 0: at the end only.
         early_stop: looks at the evaluations; the best weights so far are kept and are those that training ends with.
         failures: where batches with a gradient that is not finite are saved; default: beside the checkpoints.
+        spikes: told of steps with an unusual gradient.
     """
     parts: dict[str, Stateful] = {"source": source, **(also or {})}
     if early_stop is not None:
         parts["early_stop"] = early_stop
+    if spikes is not None:
+        parts["spikes"] = spikes
     if checkpoints is not None:
         checkpoints.resume(state, parts)
         failures = failures or checkpoints.folder.parent / "failures"
@@ -270,7 +289,9 @@ def fit(
         if batches is None:
             state.step += 1
         elif batches:
-            figures = train_step(state, objective, batches, max_grad_norm=max_grad_norm, failures=failures)
+            figures = train_step(
+                state, objective, batches, max_grad_norm=max_grad_norm, failures=failures, spikes=spikes
+            )
         else:
             state.stopped = True
             break

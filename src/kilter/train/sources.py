@@ -61,7 +61,7 @@ class Tally:
 
 
 def fit_length(
-    group: Group, max_tokens: int, *, over_long: OverLong, tally: Tally, place: str = "", bos_id: int | None = None
+    group: Group, max_tokens: int, *, over_long: OverLong, tally: Tally, bos_id: int | None = None
 ) -> Group | None:
     """Holds a group to `max_tokens` for its prompt with any one response. A response's end is never cut.
 
@@ -69,7 +69,6 @@ def fit_length(
         over_long: `drop` leaves the group out; `cut_prompt` takes tokens from the beginning of the prompt, a BOS there
             aside; `error` refuses it.
         tally: counts what was dropped or cut.
-        place: what to call the group in an error.
         bos_id: the token to keep at the beginning of a prompt that is cut.
     """
     longest = max(len(response.ids) for response in group.responses)
@@ -78,8 +77,8 @@ def fit_length(
         return group
     if over_long == "error":
         raise DataError(
-            f"{place or 'record'}: {length} tokens, at most {max_tokens} fit; raise max_tokens, or set over_long to "
-            "'drop' or 'cut_prompt'"
+            f"{group.name or 'record'}: {length} tokens, at most {max_tokens} fit; raise max_tokens, or set over_long "
+            "to 'drop' or 'cut_prompt'"
         )
     first = group.prompt[:1] if bos_id is not None and group.prompt[:1] == (bos_id,) else ()
     room = max_tokens - longest - len(first)
@@ -191,12 +190,7 @@ def groups_of(
     for number, record in enumerate(records):
         for group in groups_of_record(encoder, record, max_tokens=max_tokens, score=score):
             kept = fit_length(
-                group,
-                max_tokens,
-                over_long=over_long,
-                tally=tally,
-                place=f"record {number + 1} ({record.source or record.id})",
-                bos_id=bos_id,
+                replace(group, name=record.origin), max_tokens, over_long=over_long, tally=tally, bos_id=bos_id
             )
             if kept is not None:
                 found.append(kept)

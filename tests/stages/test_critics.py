@@ -1,0 +1,66 @@
+"""What PPO's value function stands on: a model of its own, an adapter of its own, or the policy's own states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+from safetensors import safe_open
+
+import kilter
+from kilter.cli.main import main
+from kilter.config import PolicyConfig
+from kilter.errors import ConfigError
+from kilter.rundir import read_jsonl
+
+PPO = {**small.RL, "model": "kilter.world:MODEL_PATH", "reward": "kilter.world:true_reward", "rollouts": 2}
+
+
+def stage(value_from: str, rank: int) -> dict[str, Any]:
+    kept = {key: value for key, value in PPO.items() if key not in ("audit", "snapshots")}
+    return {**kept, "lora": {"rank": rank}, "policy": {"value_from": value_from}}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("value_from", ["policy", "shared"])
+def test_the_value_has_weights_of_its_own_or_the_policys(value_from: str, rank: int, tmp_path: Path) -> None:
+    run = kilter.align({"threads": 1, "stages": {"ppo": stage(value_from, rank)}}, out=tmp_path / "run")
+    folder = run.path / "stages/01-ppo"
+    rows = read_jsonl(folder / "metrics.jsonl")
+    assert len(rows) == 8 and all(row["loss/value"] > 0 for row in rows)
+    (weights,) = folder.glob(f"checkpoints/step-{len(rows):06}/weights.safetensors")
+    with safe_open(weights, "pt") as file:
+        names = list(file.keys())
+    assert "heads.value.weight" in names
+    apart = [
+        name for name in names if name.startswith("models.value.") or ".value." in name.removeprefix("heads.value")
+    ]
+    assert bool(apart) == (value_from == "policy")
+
+
+def test_a_critic_on_the_policys_weights_cannot_learn_first() -> None:
+    with pytest.raises(ConfigError, match="critic_warmup is 2 and value_from shared"):
+        kilter.align(
+            {"stages": {"ppo": {**stage("shared", 4), "policy": {"value_from": "shared", "critic_warmup": 2}}}}
+        )
+    assert PolicyConfig(value_from="policy", critic_warmup=2).critic_warmup == 2
+
+
+@pytest.mark.parametrize(
+    ("value_from", "rank", "said"),
+    [
+        ("shared", 4, "two models: policy, reference and value on one, reward"),
+        ("policy", 4, "two models: policy, reference and value on one, reward"),
+        ("shared", 0, "three models: policy and value on one, reference, reward"),
+        ("policy", 0, "four models: policy, reference, value, reward"),
+    ],
+)
+def test_a_dry_run_says_what_it_stands_on(
+    value_from: str, rank: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["rl", "--model", PPO["model"], "--reward", PPO["reward"], "--prompts", "kilter.world:prompts"]
+    words += ["--lora.rank", str(rank), "--policy.value-from", value_from, "--out", str(tmp_path / "dry"), "--dry-run"]
+    assert main(words) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
