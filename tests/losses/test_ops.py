@@ -324,6 +324,12 @@ def test_best_of_group_is_the_first_of_the_best(rows: list[tuple[int, float]]) -
     assert ops.best_of_group(f64(*rewards), torch.tensor(groups)).tolist() == expected
 
 
+def test_best_of_group_is_the_first_of_many_equals() -> None:
+    """A sort that does not keep the order of equals keeps it by chance among sixteen."""
+    group = torch.arange(2).repeat(50)
+    assert ops.best_of_group(torch.ones(100, dtype=torch.float64), group).tolist() == [1.0, 1.0] + [0.0] * 98
+
+
 def test_kl_exact_sums_over_the_last_axis() -> None:
     p, q = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     rows = [ops.kl_exact(one, other) for one, other in zip(p.flatten(0, 1), q.flatten(0, 1), strict=True)]
