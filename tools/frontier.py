@@ -32,6 +32,7 @@ from kilter.stats import mean_interval
 DEMO: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "src/kilter/world/demo.yaml").read_text())["stages"]
 BASE = ("sft", "preferences", "reward")
 BETAS = (3.0, 1.0, 0.3, 0.1, 0.02)
+PRICES = (2.0, 1.0, 0.5, 0.2, 0.05)
 
 
 def dpo(data: str, loss: dict[str, Any], *, learning_rate: float = 3e-4) -> dict[str, Any]:
@@ -62,6 +63,15 @@ def rl(algorithm: str, price: float, **changes: Any) -> dict[str, Any]:
     return {**stage, "policy": {**kept, **changes}}
 
 
+def on_one_trunk(price: float, value_from: str) -> dict[str, Any]:
+    """The demo's PPO with an adapter on one frozen trunk, and the value on another, or on the policy's states."""
+    stage = rl("ppo", price, value_from=value_from)
+    optim = stage["optim"] | {"learning_rate": 3e-3}
+    return stage | {"lora": {"rank": 32, "alpha": 32}, "optim": optim}
+
+
+ON_ONE_TRUNK = {"ppo_adapters": "policy", "ppo_shared": "shared"}
+"""PPO's layouts beside that of four full models -> what the value starts as."""
 GRPO_WITH: dict[str, dict[str, Any]] = {
     "grpo_kl_in_reward": {"kl_in": "reward"},
     "grpo_all_tokens": {"aggregate": "token"},
@@ -87,7 +97,9 @@ def strengths(method: str, pairs: str) -> dict[str, dict[str, Any]]:
         case "online":  # as many answers as PPO's: 60 x 64 x 2
             return {f"beta {beta:g}": online({"name": "dpo", "beta": beta}) for beta in BETAS}
         case "ppo" | "grpo" | "rloo":
-            return {f"KL {price:g}": rl(method, price) for price in (2.0, 1.0, 0.5, 0.2, 0.05)}
+            return {f"KL {price:g}": rl(method, price) for price in PRICES}
+        case _ if method in ON_ONE_TRUNK:
+            return {f"KL {price:g}": on_one_trunk(price, ON_ONE_TRUNK[method]) for price in PRICES}
         case "dr_grpo":
             return {f"KL {price:g}": rl(method, price) for price in (2.0, 1.0, 0.5)}
         case _ if method in GRPO_WITH:
@@ -104,6 +116,8 @@ NAMES = {
     "kto": "KTO, from thumbs",
     "online": "online DPO",
     "ppo": "PPO",
+    "ppo_adapters": "PPO, adapters",
+    "ppo_shared": "PPO, value on the policy",
     "grpo": "GRPO",
     "rloo": "RLOO",
     "dr_grpo": "Dr. GRPO",
@@ -116,6 +130,8 @@ METHODS = tuple(NAMES)
 PAIRED = (
     ("online", "dpo"),
     ("ppo", "dpo"),
+    ("ppo_adapters", "dpo"),
+    ("ppo_shared", "dpo"),
     ("grpo", "dpo"),
     ("rloo", "dpo"),
     ("dr_grpo", "grpo"),
@@ -150,7 +166,7 @@ def measure(out: Path, seed: int, method: str) -> None:
         run(out, method, seed, stages | {"evaluation": evaluation(models, sft, reward, curve_prompts=2200)})
         return
     stages = {"thumbs": DEMO["preferences"] | {"model": sft, "ask": "thumbs", "again": 0}} if method == "kto" else {}
-    samples = method == "online" or method in (*ALGORITHMS, *GRPO_WITH)
+    samples = method == "online" or method in (*ALGORITHMS, *GRPO_WITH, *ON_ONE_TRUNK)
     scored = {"reward": reward, "audit": "ignore"} if samples else {}
     made = strengths(method, f"{pairs}/rankings.jsonl").values()
     models = {f"{method}-{at}": f"{method}-{at}" for at in range(1, len(made) + 1)}
