@@ -23,6 +23,7 @@ from kilter.config.fields import (
     Precision,
     PtxConfig,
     RewardLossConfig,
+    SamplerConfig,
     SamplingConfig,
     Source,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "RewardLossConfig",
     "RewardStage",
     "RlStage",
+    "SamplerConfig",
     "SamplingConfig",
     "SftStage",
     "Source",

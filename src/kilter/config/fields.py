@@ -220,6 +220,22 @@ class SamplingConfig(DecodingConfig):
     """Responses drawn at once. Fixed by the recipe, so that a resumed run draws the same bits."""
 
 
+class SamplerConfig(Model):
+    """Who draws the answers that a policy learns from."""
+
+    engine: Literal["native", "vllm"] = "native"
+    """Kilter's own sampler, or vLLM (`pip install vllm`), which is given the policy's weights before each rollout."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What vLLM computes in."""
+    memory: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of the GPU's memory that vLLM takes, for weights, keys and values."""
+    cap: Annotated[float, Field(ge=1)] = 2.0
+    """Each token's part of the policy loss is multiplied by how much likelier the trainer finds it than vLLM did, by at
+    most this (truncated importance sampling, Yao et al. 2025)."""
+    max_gap: Annotated[float, Field(gt=0)] = 0.05
+    """A rollout on which the two differ by more than this, nats a token in the mean, is refused."""
+
+
 class LossConfig(Model):
     """A preference loss by name, with its options beside: `{name: simpo, beta: 2, gamma: 1}`.
 

@@ -26,6 +26,7 @@ from kilter.config.fields import (
     Required,
     RequiredSource,
     RewardLossConfig,
+    SamplerConfig,
     SamplingConfig,
 )
 
@@ -241,6 +242,7 @@ class OnlineStage(_WithLoss):
     num_samples: Annotated[int, Field(gt=1)] = 2
     """Answers to each of them."""
     sampling: SamplingConfig = SamplingConfig()
+    sampler: SamplerConfig = SamplerConfig()
     pairing: Literal["best_worst", "all"] = "best_worst"
     """Compare the best and the worst answer to a prompt, or all of them, each pair weighing by its scores' gap."""
     min_margin: Annotated[float, Field(ge=0)] = 0.0
@@ -290,6 +292,7 @@ class RlStage(Stage):
     num_samples: Annotated[int, Field(gt=0)] | None = None
     """Responses to each of them; none given: 1 for ppo and reinforce++, else 8."""
     sampling: SamplingConfig = SamplingConfig()
+    sampler: SamplerConfig = SamplerConfig()
     policy: PolicyConfig = PolicyConfig()
     ptx: PtxConfig = PtxConfig()
     snapshots: Annotated[int, Field(ge=0)] = 0

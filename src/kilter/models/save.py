@@ -37,13 +37,24 @@ def save_causal_lm(trunk: Trunk, role: str, folder: str | Path, tokenizer: Any) 
     are those bits made whole, in bfloat16: the model that was trained, and not the adapter on the published weights,
     from which it differs by what was rounded away (`base: nf4` in `kilter.json`).
     """
+    _write(trunk, (role,), Path(folder), _language_model(trunk, role), tokenizer)
+
+
+def save_weights(trunk: Trunk, role: str, folder: str | Path) -> None:
+    """Writes a role's weights and configuration alone, an adapter merged in: for another program to load."""
+    plain = _language_model(trunk, role)
+    if is_writer():
+        with write_folder(Path(folder)) as beside, quiet():
+            plain.save_pretrained(beside)
+
+
+def _language_model(trunk: Trunk, role: str) -> Any:
     held = trunk.roles[role]
     model: Any = trunk.models[held.model]
     if model.get_output_embeddings() is None:
         raise ModelError(f"role {role!r} has no language head and cannot be saved as a language model")
     with torch.no_grad():
-        plain = plain_model(model, plain_tensors(model, held.adapter))
-    _write(trunk, (role,), Path(folder), plain, tokenizer)
+        return plain_model(model, plain_tensors(model, held.adapter))
 
 
 def save_reward_model(

@@ -173,11 +173,12 @@ class Algorithm:
             }
         )
 
-    def objective(self, config: PolicyConfig, *, longest: int) -> PolicyGradient:
+    def objective(self, config: PolicyConfig, *, longest: int, weighted: bool = False) -> PolicyGradient:
         """What is minimised, by resolved numbers.
 
         Args:
             longest: an answer may be, tokens.
+            weighted: by `importance`, because another engine samples.
         """
         assert config.loss is not None and config.aggregate is not None
         return PolicyGradient(
@@ -189,6 +190,7 @@ class Algorithm:
             kl_coef=config.kl_coef if config.kl_in == "loss" else 0.0,
             kl_estimator=config.kl_estimator,
             entropy_coef=config.entropy_coef,
+            weighted=weighted,
             clip_range_value=config.clip_range_value,
             vf_coef=config.vf_coef,
             value="value" if self.critic else None,

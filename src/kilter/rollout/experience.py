@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,14 @@ def credit(
     return ops.whiten(advantages) if config.whiten_advantages else advantages, returns
 
 
-def with_credit(groups: Sequence[Group], measured: Measured, credited: Credit, *, reference: bool) -> list[Group]:
+def with_credit(
+    groups: Sequence[Group],
+    measured: Measured,
+    credited: Credit,
+    *,
+    reference: bool,
+    importance: Tensor | None = None,
+) -> list[Group]:
     """The groups with what the objective reads on every response; `reference`: also the reference's log-probs."""
     advantages, returns = credited
     columns: dict[str, Tensor | None] = {
@@ -157,6 +165,7 @@ def with_credit(groups: Sequence[Group], measured: Measured, credited: Credit, *
         "advantages": advantages,
         "returns": returns,
         "ref_logprobs": measured.ref_logprobs if reference else None,
+        "importance": importance,
     }
     there = {name: column for name, column in columns.items() if column is not None}
     size = int(measured.leaf[-1]) + 1
@@ -174,10 +183,18 @@ def with_credit(groups: Sequence[Group], measured: Measured, credited: Credit, *
     ]
 
 
-def sampler_gap(rollouts: Sequence[Rollout], measured: Measured) -> float:
-    """Largest difference between a token's log-prob when it was sampled and in the trainer's forward, nats."""
-    sampled = torch.tensor([logprob for rollout in rollouts for logprob in rollout.completion.logprobs])
-    return float((sampled - measured.logprobs).abs().max())
+class Engine(NamedTuple):
+    """A sampler that computes the policy in another way than the trainer, and what is done about that."""
+
+    cap: float
+    """Of the importance weights (`losses.importance_weights`)."""
+    max_gap: float
+    """Mean difference of a token's log-probs, nats, above which a rollout is refused."""
+
+
+def sampled_logprobs(rollouts: Sequence[Rollout]) -> Tensor:
+    """float[N], of every token as it was drawn."""
+    return torch.tensor([logprob for rollout in rollouts for logprob in rollout.completion.logprobs])
 
 
 def figures(

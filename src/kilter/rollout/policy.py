@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from kilter.config import PolicyConfig
 from kilter.data.chat import ChatEncoder
 from kilter.errors import CheckError, ConfigError
+from kilter.losses import importance_weights
 from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Prompt, Scorer
 from kilter.rollout.algorithms import ALGORITHMS, grouped
 from kilter.rollout.experience import (
     READS,
+    Engine,
     Measured,
     credit,
     figures,
     measure,
     pay,
-    sampler_gap,
+    sampled_logprobs,
     step_ends,
     with_credit,
 )
@@ -58,6 +60,7 @@ class PolicySource(RolloutSource):
         algorithm: a name in `ALGORITHMS`.
         rollouts: of the whole run; for `kl_controller: budget`.
         also: further scorers, by weight or as constraints.
+        engine: where the sampler computes by an engine of its own; the objective is then to be `weighted`.
         signs: `ignore` lets what is paid have a sign the wrong way round, and keeps the verdicts in `turned`.
         drawing: see `RolloutSource`.
     Raises:
@@ -76,8 +79,10 @@ class PolicySource(RolloutSource):
         rollouts: int | None = None,
         also: Sequence[Also] = (),
         signs: Literal["heed", "ignore"] = "heed",
+        engine: Engine | None = None,
         **drawing: Unpack[Drawing],
     ) -> None:
+        self._engine = engine
         self._algorithm = ALGORITHMS[algorithm]
         self.config = config = self._algorithm.resolved(algorithm, config)
         reads = [role for role in READS if self._algorithm.critic or role != "value"]
@@ -138,8 +143,9 @@ class PolicySource(RolloutSource):
         self._trunk.train()  # as the loop runs it, so that dropout shows in the checks
         batches = [batch for step in first_epoch for batch in step]
         measured = measure(self._trunk, batches, len(rollouts), device, critic=self._algorithm.critic)
-        gap = sampler_gap(rollouts, measured)
-        self._check_gap(gap)
+        sampled = sampled_logprobs(rollouts)
+        gaps = (sampled - measured.logprobs).abs()
+        self._check_gap(float(gaps.max()), float(gaps.mean()))
         kl_coef = self.controller.kl_coef
         learning = self.num_rollouts >= self.config.critic_warmup  # before, no price moves the policy
         self.several.take_in(columns, steer=learning)
@@ -155,13 +161,18 @@ class PolicySource(RolloutSource):
         group = grouped([len(group.responses) for group in groups])
         credited = credit(self._algorithm.credit, paid, measured, group, self.config)
         in_loss = self.config.kl_in == "loss" and self.config.kl_estimator != "exact" and kl_coef > 0
-        self._lay_out(with_credit(groups, measured, credited, reference=in_loss), steps)
+        importance, cut = None, None
+        if self._engine is not None:
+            importance, cut = importance_weights(measured.logprobs, sampled, cap=self._engine.cap)
+        self._lay_out(with_credit(groups, measured, credited, reference=in_loss, importance=importance), steps)
         if not self.num_rollouts:  # old log-probs come from this very batch, so that the ratio is 1 to the last bit
             first_step = self._packed([self._groups[at] for at in steps[0]])
             require(check_first_ratio(self._trunk, first_step, tolerance=1e-6))
         self.figures = figures(rollouts, [worth(score) for score in columns[0]], paid, measured, credited)
         self.figures |= self.several.figures(columns)
-        self.figures |= {"rollout/kl_coef": kl_coef, "rollout/sampler_gap": gap}
+        self.figures |= {"rollout/kl_coef": kl_coef, "rollout/sampler_gap": float(gaps.max())}
+        if cut is not None:
+            self.figures |= {"rollout/sampler_gap_mean": float(gaps.mean()), "rollout/importance_cut": float(cut)}
         self.figures["rollout/unscored"] = float(len(self.rollouts) - len(rollouts))
         if self.config.target_kl is not None:
             self.figures["rollout/left_out"] = 0.0
@@ -188,8 +199,18 @@ class PolicySource(RolloutSource):
         totals = self.several.tried(place, scores.tolist())
         return pay(totals, [True] * len(scores), made_up, kl_coef=self._price, config=self.config).rewards
 
-    def _check_gap(self, gap: float) -> None:
-        """Sampler and trainer must compute the same model."""
+    def _check_gap(self, gap: float, mean: float) -> None:
+        """Sampler and trainer must compute the same model: to a token's rounding, or in the mean where an engine of its
+        own samples."""
+        if self._engine is not None:
+            if not mean <= self._engine.max_gap:
+                raise CheckError(
+                    f"rollout {self.num_rollouts}: log-probs of the same tokens differ by {mean:.3g} nats in the mean "
+                    f"between the sampler's engine and training (at most sampler.max_gap {self._engine.max_gap:g} is "
+                    "allowed), so it does not run this policy: look at what it computes in (sampler.dtype), and at its "
+                    "version"
+                )
+            return
         dtype = self._trunk.compute_dtype or next(self._trunk.parameters()).dtype
         limit = GAP_LIMIT.get(dtype, LOW_PRECISION_GAP_LIMIT)
         if not gap <= limit:

@@ -12,7 +12,6 @@ from kilter.data.convert import can_convert
 from kilter.errors import ConfigError
 from kilter.losses import unusual
 from kilter.models.build import policy_trunk
-from kilter.models.generation import NativeSampler
 from kilter.models.load import load_model, load_tokenizer
 from kilter.models.roles import Role, add_adapter
 from kilter.models.sampling import Sampling
@@ -26,6 +25,7 @@ from kilter.stages.heaviest import write_heaviest
 from kilter.stages.probe import run_probe
 from kilter.stages.reinforce import check_reward, prompt_groups
 from kilter.stages.rewards import record_kind as reward_kind
+from kilter.stages.samplers import sampler_of
 from kilter.stages.scoring import reward_of, scorer_of
 from kilter.stages.snapshots import Snapshots, snapshot_places
 from kilter.stages.supervised import Figures, evaluation, held_out_figures
@@ -179,7 +179,7 @@ def run_online(context: Context, stage: OnlineStage) -> Figures:
         equipment.encoder,
         prompts,
         scorer,
-        sampler=NativeSampler(trunk, "policy", batch_size=stage.sampling.batch_size),
+        sampler=sampler_of(stage, trunk, equipment),
         sampling=Sampling.of(stage.sampling),
         prompts_per_rollout=stage.prompts_per_round,
         num_samples=stage.num_samples,

@@ -10,11 +10,11 @@ from kilter import data
 from kilter.config import OnlineStage, PolicyConfig, Recipe, RlStage
 from kilter.errors import ConfigError
 from kilter.models.build import policy_trunk, ppo_trunk
-from kilter.models.generation import NativeSampler
 from kilter.models.sampling import Sampling
 from kilter.models.save import save_causal_lm
 from kilter.records import PreferencePair, Prompt, Scorer, prompt_id
 from kilter.rollout.algorithms import ALGORITHMS
+from kilter.rollout.experience import Engine
 from kilter.rollout.policy import CriticFirst, PolicySource, check_numbers
 from kilter.rollout.reward import paid_rewards
 from kilter.scorers.check import check_scorer
@@ -23,6 +23,7 @@ from kilter.stages.canaries import Canaries
 from kilter.stages.context import HELD_OUT, Context
 from kilter.stages.further import further_scorers
 from kilter.stages.guard import Guard, check_guard, seen_by_reward
+from kilter.stages.samplers import sampler_of
 from kilter.stages.scoring import is_model, reward_of, scorer_of
 from kilter.stages.snapshots import Snapshots, snapshot_places
 from kilter.stages.training import (
@@ -65,7 +66,8 @@ def _planned(stage: RlStage) -> tuple[PolicyConfig, PolicyGradient]:
     """The stage's numbers with nothing left open, and what it minimises."""
     algorithm = ALGORITHMS[stage.algorithm]
     numbers = algorithm.resolved(stage.algorithm, stage.policy)
-    return numbers, algorithm.objective(numbers, longest=stage.sampling.max_new_tokens)
+    weighted = stage.sampler.engine != "native"
+    return numbers, algorithm.objective(numbers, longest=stage.sampling.max_new_tokens, weighted=weighted)
 
 
 def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     accuracy = check_reward(context, stage, scorer, prompts)
     also = further_scorers(context, stage, dtype)
     gap = check_trunk(context, trunk, "policy", prompt_groups(equipment, prompts), stage.precision)
-    sampler = NativeSampler(trunk, "policy", batch_size=stage.sampling.batch_size)
+    sampler = sampler_of(stage, trunk, equipment)
     canaries = Canaries(context, stage, sampler, equipment.encoder)
     guard = Guard(context, stage, trunk.parameters_of("policy"), canaries)
     source = PolicySource(
@@ -113,6 +115,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         batch_tokens=stage.optim.batch_tokens,
         judge=guard,
         signs=stage.signs,
+        engine=Engine(stage.sampler.cap, stage.sampler.max_gap) if objective.weighted else None,
     )
     for line in source.turned:
         context.watch.say(f"  ignored: {line}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kilter.config import Lora as LoraConfig
-from kilter.config import Optim, Precision, Recipe
+from kilter.config import Optim, Precision, Recipe, SamplerConfig
 from kilter.data.chat import ChatEncoder
 from kilter.data.split import split_by_prompt
 from kilter.errors import ConfigError, ModelError
@@ -19,6 +19,7 @@ from kilter.models.load import DTYPES, load_tokenizer
 from kilter.models.quantized import library
 from kilter.models.roles import Lora
 from kilter.models.trunk import Trunk
+from kilter.models.vllm_sampler import NO_VLLM, has_vllm
 from kilter.records import Record
 from kilter.stages.context import Context
 from kilter.stages.spiked import spikes_of
@@ -102,7 +103,7 @@ def check_machine(recipe: Recipe) -> None:
     """Refuses a recipe that asks for what this machine does not have, before any work.
 
     Raises:
-        ConfigError, ModelError: no CUDA device, or no bitsandbytes; with the stage.
+        ConfigError, ModelError: no CUDA device, no bitsandbytes, or no vLLM; with the stage.
     """
     for name, stage in recipe.stages.items():
         precision = getattr(stage, "precision", Precision())
@@ -111,6 +112,9 @@ def check_machine(recipe: Recipe) -> None:
                 f"stages.{name}.precision.device is cuda, and torch sees no CUDA device here; set it to cpu (with base "
                 "float32 and attention auto), or run where there is one"
             )
+        sampler = getattr(stage, "sampler", SamplerConfig())
+        if sampler.engine == "vllm" and not has_vllm():
+            raise ModelError(f"stages.{name}.{NO_VLLM}")
         if precision.base == "nf4":
             try:
                 library()

@@ -1,0 +1,121 @@
+"""vLLM itself as the sampler: it has the policy's weights, and draws from its distribution. Skips without vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from kilter.models.build import policy_trunk
+from kilter.models.generation import Completion, NativeSampler
+from kilter.models.roles import Lora
+from kilter.models.sampling import Sampling, Stops, draw_seeds
+from kilter.models.trunk import Trunk
+from kilter.models.vllm_sampler import InProcess, VllmSampler
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.filterwarnings("ignore"),
+]
+PROMPTS = [(1, 5, 9, 13), (1, 7, 7), (1, 20, 21, 22, 23, 24, 25, 26), (1, *(3 + at % 90 for at in range(150)))]
+"""The last is longer than a block of keys and values that is kept for the next prompt that begins so."""
+STOPS = Stops((2,))
+VOCAB = 96
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with heads as wide as vLLM's kernels for processors take, and distributions that differ by token."""
+    path = tmp_path_factory.mktemp("model")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(3)
+    model.save_pretrained(path)
+    return path
+
+
+def move(trunk: Trunk, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trunk.parameters_of("policy"):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def both(trunk: Trunk, sampler: VllmSampler, **sampling: Any) -> tuple[list[Completion], list[Completion]]:
+    seeds = draw_seeds(torch.Generator().manual_seed(1), len(PROMPTS), 2)
+    how = Sampling(max_new_tokens=12, **sampling)
+    native = NativeSampler(trunk, "policy").sample(PROMPTS, seeds, sampling=how, stops=STOPS)
+    theirs = sampler.sample(PROMPTS, seeds, sampling=how, stops=STOPS)
+    return [one for row in native for one in row], [one for row in theirs for one in row]
+
+
+def trained_gap(trunk: Trunk, drawn: list[Completion]) -> float:
+    """Largest difference of a token's log-prob from the trunk's own, nats."""
+    from kilter.tree import Group, Response, make_batches
+
+    gaps = []
+    for one in drawn:
+        (batch,) = make_batches([Group(one.prompt, (Response(one.ids),))], row_tokens=256, batch_tokens=256)
+        with torch.no_grad():
+            own = trunk(batch.tree, {"policy": "logprobs"})["policy"]
+        gaps.append(float((own - torch.tensor(one.logprobs)).abs().max()))
+    return max(gaps)
+
+
+@pytest.fixture(scope="module", params=[0, 4], ids=["whole weights", "adapter"])
+def held(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[Trunk, VllmSampler]]:
+    lora = Lora(request.param) if request.param else None
+    trunk = policy_trunk(folder, reference=True, lora=lora, generator=torch.Generator().manual_seed(0))
+    engine = InProcess(folder, rank=request.param, dtype="float32", memory=0.1, max_tokens=256)
+    yield trunk, VllmSampler(trunk, "policy", engine)
+    del engine
+
+
+def test_it_draws_from_the_policy_as_it_is_now(held: tuple[Trunk, VllmSampler]) -> None:
+    trunk, sampler = held
+    for seed in range(3):
+        native, theirs = both(trunk, sampler, temperature=0.0)
+        assert [one.ids for one in theirs] == [one.ids for one in native], f"after {seed} updates"
+        _, drawn = both(trunk, sampler)
+        assert trained_gap(trunk, drawn) < 1e-3
+        move(trunk, seed)
+    _, stale = native, theirs
+    assert [one.ids for one in both(trunk, sampler, temperature=0.0)[1]] != [one.ids for one in stale]
+
+
+def test_a_sample_is_its_seeds_and_ends_where_kilter_ends_it(held: tuple[Trunk, VllmSampler]) -> None:
+    trunk, sampler = held
+    _, first = both(trunk, sampler)
+    _, again = both(trunk, sampler)
+    assert [one.ids for one in first] == [one.ids for one in again]
+    assert len({one.ids for one in first}) > 3, "samples of one prompt differ"
+    assert all(one.finished == (one.ids[-1] == 2) and 2 not in one.ids[:-1] for one in first)
+    assert all(len(one.ids) == 12 or one.finished for one in first)
+
+
+def test_log_probs_are_those_of_what_was_drawn_from(held: tuple[Trunk, VllmSampler]) -> None:
+    """With the temperature, and with what top-p leaves."""
+    trunk, sampler = held
+    native, theirs = both(trunk, sampler, temperature=0.5, top_k=1)
+    assert [one.ids for one in native] == [one.ids for one in theirs]
+    assert all(abs(number) < 1e-5 for one in theirs for number in one.logprobs), "one token is all that is left"

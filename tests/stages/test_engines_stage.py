@@ -1,0 +1,48 @@
+"""A stage whose answers vLLM draws; and one that asks for it where it is not installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+
+import kilter
+from kilter.errors import CheckError, ModelError
+from kilter.models.vllm_sampler import has_vllm
+from kilter.rundir import read_jsonl
+
+RL = {key: value for key, value in small.RL.items() if key not in ("audit", "snapshots")}
+RL |= {"model": "kilter.world:MODEL_PATH", "reward": "kilter.world:true_reward", "rollouts": 3}
+with_vllm = [
+    pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+def run(out: Path, **changes: Any) -> Path:
+    stage = RL | changes | {"sampler": {"engine": "vllm", "dtype": "float32", **changes.get("sampler", {})}}
+    return kilter.align({"threads": 1, "stages": {"rl": stage}}, out=out).path / "stages/01-rl"
+
+
+def test_it_is_refused_before_any_work_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kilter.stages.training.has_vllm", lambda: False)
+    with pytest.raises(ModelError, match=r"stages\.rl\.sampler\.engine is vllm, and vLLM is not installed"):
+        run(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("stages/*"))
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=with_vllm), pytest.param(4, marks=with_vllm)])
+def test_vllm_samples_the_policy_as_it_learns(rank: int, tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", algorithm="rloo", num_samples=2, lora={"rank": rank})
+    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "rollout/score" in row]
+    assert len(rows) == 3
+    assert all(row["rollout/sampler_gap_mean"] < 1e-4 and row["rollout/importance_cut"] == 0 for row in rows)
+    assert rows[-1]["rollout/kl_exact"] > rows[0]["rollout/kl_exact"]
+
+
+@pytest.mark.parametrize("gap", [pytest.param(1e-12, marks=with_vllm)])
+def test_vllm_that_differs_is_refused(gap: float, tmp_path: Path) -> None:
+    with pytest.raises(CheckError, match="it does not run this policy"):
+        run(tmp_path / "run", sampler={"max_gap": gap})
