@@ -14,7 +14,7 @@ from kilter.errors import CheckError
 from kilter.models.generation import NativeSampler
 from kilter.models.trunk import Trunk
 from kilter.rollout.algorithms import ALGORITHMS
-from kilter.rollout.experience import Engine
+from kilter.rollout.experience import Correction
 from kilter.train.loop import TrainState, train_step
 from kilter.train.optimizer import make_optimizer
 from kilter.train.policy import ppo
@@ -36,7 +36,7 @@ def stale(trunk: Trunk, by: float) -> NativeSampler:
 def test_each_token_is_weighed_by_how_much_likelier_the_trainer_finds_it(make_trunk: Make, make_source: Make) -> None:
     trunk = make_trunk()
     source = make_source(
-        trunk, sampler=stale(trunk, 0.02), engine=Engine(cap=1.02, max_gap=1.0), ppo={"minibatches": 1}
+        trunk, sampler=stale(trunk, 0.02), correction=Correction(cap=1.02, max_gap=1.0), ppo={"minibatches": 1}
     )
     batches = source.next_step()
     drawn = {rollout.completion.ids: rollout.completion.logprobs for rollout in source.rollouts}
@@ -64,7 +64,7 @@ def test_each_token_is_weighed_by_how_much_likelier_the_trainer_finds_it(make_tr
 
 def test_an_engine_that_runs_another_model_is_refused(make_trunk: Make, make_source: Make) -> None:
     trunk = make_trunk()
-    source = make_source(trunk, sampler=stale(trunk, 0.3), engine=Engine(cap=2.0, max_gap=0.05))
+    source = make_source(trunk, sampler=stale(trunk, 0.3), correction=Correction(cap=2.0, max_gap=0.05))
     with pytest.raises(CheckError, match=r"differ by .* nats in the mean .*sampler\.max_gap 0\.05"):
         source.next_step()
 

@@ -183,8 +183,8 @@ def with_credit(
     ]
 
 
-class Engine(NamedTuple):
-    """A sampler that computes the policy in another way than the trainer, and what is done about that."""
+class Correction(NamedTuple):
+    """What is done where the sampler computes the policy in another way than the trainer."""
 
     cap: float
     """Of the importance weights (`losses.importance_weights`)."""

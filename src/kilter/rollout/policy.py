@@ -20,7 +20,7 @@ from kilter.records import Prompt, Scorer
 from kilter.rollout.algorithms import ALGORITHMS, grouped
 from kilter.rollout.experience import (
     READS,
-    Engine,
+    Correction,
     Measured,
     credit,
     figures,
@@ -60,7 +60,7 @@ class PolicySource(RolloutSource):
         algorithm: a name in `ALGORITHMS`.
         rollouts: of the whole run; for `kl_controller: budget`.
         also: further scorers, by weight or as constraints.
-        engine: where the sampler computes by an engine of its own; the objective is then to be `weighted`.
+        correction: where the sampler computes by an engine of its own; the objective is then to be `weighted`.
         signs: `ignore` lets what is paid have a sign the wrong way round, and keeps the verdicts in `turned`.
         drawing: see `RolloutSource`.
     Raises:
@@ -79,10 +79,10 @@ class PolicySource(RolloutSource):
         rollouts: int | None = None,
         also: Sequence[Also] = (),
         signs: Literal["heed", "ignore"] = "heed",
-        engine: Engine | None = None,
+        correction: Correction | None = None,
         **drawing: Unpack[Drawing],
     ) -> None:
-        self._engine = engine
+        self._correction = correction
         self._algorithm = ALGORITHMS[algorithm]
         self.config = config = self._algorithm.resolved(algorithm, config)
         reads = [role for role in READS if self._algorithm.critic or role != "value"]
@@ -162,8 +162,8 @@ class PolicySource(RolloutSource):
         credited = credit(self._algorithm.credit, paid, measured, group, self.config)
         in_loss = self.config.kl_in == "loss" and self.config.kl_estimator != "exact" and kl_coef > 0
         importance, cut = None, None
-        if self._engine is not None:
-            importance, cut = importance_weights(measured.logprobs, sampled, cap=self._engine.cap)
+        if self._correction is not None:
+            importance, cut = importance_weights(measured.logprobs, sampled, cap=self._correction.cap)
         self._lay_out(with_credit(groups, measured, credited, reference=in_loss, importance=importance), steps)
         if not self.num_rollouts:  # old log-probs come from this very batch, so that the ratio is 1 to the last bit
             first_step = self._packed([self._groups[at] for at in steps[0]])
@@ -202,13 +202,13 @@ class PolicySource(RolloutSource):
     def _check_gap(self, gap: float, mean: float) -> None:
         """Sampler and trainer must compute the same model: to a token's rounding, or in the mean where an engine of its
         own samples."""
-        if self._engine is not None:
-            if not mean <= self._engine.max_gap:
+        if self._correction is not None:
+            if not mean <= self._correction.max_gap:
                 raise CheckError(
                     f"rollout {self.num_rollouts}: log-probs of the same tokens differ by {mean:.3g} nats in the mean "
-                    f"between the sampler's engine and training (at most sampler.max_gap {self._engine.max_gap:g} is "
-                    "allowed), so it does not run this policy: look at what it computes in (sampler.dtype), and at its "
-                    "version"
+                    "between the sampler's engine and training (at most sampler.max_gap "
+                    f"{self._correction.max_gap:g} is allowed), so it does not run this policy: look at what it "
+                    "computes in (sampler.dtype), and at its version"
                 )
             return
         dtype = self._trunk.compute_dtype or next(self._trunk.parameters()).dtype

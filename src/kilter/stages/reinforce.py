@@ -14,7 +14,7 @@ from kilter.models.sampling import Sampling
 from kilter.models.save import save_causal_lm
 from kilter.records import PreferencePair, Prompt, Scorer, prompt_id
 from kilter.rollout.algorithms import ALGORITHMS
-from kilter.rollout.experience import Engine
+from kilter.rollout.experience import Correction
 from kilter.rollout.policy import CriticFirst, PolicySource, check_numbers
 from kilter.rollout.reward import paid_rewards
 from kilter.scorers.check import check_scorer
@@ -115,7 +115,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         batch_tokens=stage.optim.batch_tokens,
         judge=guard,
         signs=stage.signs,
-        engine=Engine(stage.sampler.cap, stage.sampler.max_gap) if objective.weighted else None,
+        correction=Correction(stage.sampler.cap, stage.sampler.max_gap) if objective.weighted else None,
     )
     for line in source.turned:
         context.watch.say(f"  ignored: {line}")
