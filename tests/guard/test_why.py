@@ -93,6 +93,8 @@ def test_a_step_that_jumped_is_told_with_the_rows_it_came_from(tmp_path: Path) -
         spike(30, 12.4, [row("a.jsonl:7", 0.9, prompt="<|user|>\n" + "x" * 90), row("a.jsonl:9", 0.2)]),
         spike(31, 5.5, [row("a.jsonl:1", 1.0)]),
         spike(40, 9.0, [row(f"b.jsonl:{at}", 0.2) for at in range(5)]),
+        {"step": 41, "grad_norm": None, "usual": 0.1, "rows": []},
+        {"step": 42, "grad_norm": 9.0, "usual": 0.1, "rows": [{"name": "edited"}]},
     ]
     (folder / "spikes.jsonl").write_text("".join(json.dumps(one) + "\n" for one in said))
     lines = in_words(why(tmp_path)).splitlines()

@@ -54,7 +54,7 @@ def why(run: Path) -> list[StageFound]:
         failures = sorted(str(path) for path in folder.glob("failures/*"))
         options = stages.get(folder.name.partition("-")[2], {})
         named = causes(Course(options, rows, steps, ended=(folder / "done.json").exists()))
-        spikes = read_jsonl(folder / SPIKES)
+        spikes = [spike for spike in read_jsonl(folder / SPIKES) if _whole(spike)]
         if rows or failures or named or spikes:
             found.append(StageFound(folder.name, len(rows), said, failures, named, spikes))
     if not found and not (run / "recipe.yaml").exists():
@@ -120,6 +120,16 @@ def _spiked(spikes: Sequence[Mapping[str, Any]]) -> list[str]:
     if lines:
         lines.append("    try: look at these rows, and take out those that are wrong; lower the learning rate")
     return lines
+
+
+def _whole(spike: Mapping[str, Any]) -> bool:
+    """Whether a row of spikes.jsonl is as it was written, and no one has edited it."""
+    rows = spike.get("rows")
+    return (
+        all(isinstance(spike.get(name), int | float) for name in ("step", "grad_norm", "usual"))
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and {"name", "share", "prompt", "responses"} <= row.keys() for row in rows)
+    )
 
 
 def _short(text: str) -> str:
