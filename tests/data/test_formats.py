@@ -296,7 +296,9 @@ def test_layout(tmp_path: Path, name: str) -> None:
     path.write_text(json.dumps(row) + "\n")
     result = read(path)
     assert result.format == name
-    assert [record.to_dict() for record in result.records] == [r.to_dict() | {"source": path.name} for r in expected]
+    assert [record.to_dict() for record in result.records] == [
+        r.to_dict() | {"source": f"{path.name}:1"} for r in expected
+    ]
     assert read(path, format=name).records == result.records
 
 
@@ -309,7 +311,7 @@ def test_answers_are_taken_from_a_file_beside(tmp_path: Path) -> None:
     )
     result = read(verdicts, skip_bad=True)
     expected = Judgement(prompt=said("Q"), responses=("a", "b"), ranks=(0, 1), annotator="w", shown=(0, 1))
-    assert [record.to_dict() for record in result.records] == [expected.to_dict() | {"source": "verdicts.csv"}]
+    assert [record.to_dict() for record in result.records] == [expected.to_dict() | {"source": "verdicts.csv:2"}]
     assert [skip.line for skip in result.skipped] == [3] and list(result.lines) == [2]
 
 
