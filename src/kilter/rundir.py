@@ -2,7 +2,7 @@
 
     runs/<name>/
       recipe.yaml  environment.json
-      stages/NN-<stage>/  metrics.jsonl  samples.jsonl  checkpoints/  result/  done.json
+      stages/NN-<stage>/  metrics.jsonl  spikes.jsonl  samples.jsonl  checkpoints/  result/  done.json
       summary.json  report.html  card.md
 
 Files are written beside, synced and renamed, so that a kill at any moment leaves the old file or the new one.
@@ -18,10 +18,10 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from kilter.config import Recipe, dump, parse, read_yaml
 from kilter.errors import ConfigError, RunError
@@ -199,6 +199,39 @@ class StageDir:
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     with explained(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+class ToldSpike(NamedTuple):
+    """What a row of spikes.jsonl tells: a step whose gradient was `times` the usual one."""
+
+    step: int
+    times: float
+    rows: list[dict[str, Any]]
+    """{"name", "share", "prompt", "responses"} of the data rows behind it, the largest share first."""
+
+
+def spikes_in(rows: Iterable[Mapping[str, Any]]) -> list[ToldSpike]:
+    """Those of the rows of a spikes.jsonl that are as they were written, and that no one has edited."""
+    found = []
+    for row in rows:
+        numbers = all(isinstance(row.get(name), int | float) for name in ("step", "grad_norm", "usual"))
+        behind = row.get("rows")
+        if numbers and row["usual"] and isinstance(behind, list) and all(map(_is_told, behind)):
+            found.append(ToldSpike(int(row["step"]), row["grad_norm"] / row["usual"], behind))
+    return found
+
+
+def _is_told(row: Any) -> bool:
+    kinds = {"name": str, "share": int | float, "prompt": str, "responses": list}
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return all(isinstance(text, str) for text in row["responses"])
+
+
+def furthest(spikes: Sequence[ToldSpike], *, most: int = 3, most_rows: int = 3) -> list[ToldSpike]:
+    """The few steps that were furthest from usual, in their order, each with the first of its rows: enough to tell."""
+    worst = sorted(spikes, key=lambda spike: -spike.times)[:most]
+    return [spike._replace(rows=spike.rows[:most_rows]) for spike in sorted(worst, key=lambda spike: spike.step)]
 
 
 class RunDir:

@@ -17,6 +17,7 @@ from kilter.models.roles import Lora
 from kilter.models.sampling import Sampling, Stops, draw_seeds
 from kilter.models.trunk import Trunk
 from kilter.models.vllm_sampler import InProcess, VllmSampler
+from kilter.tree import Group, Response, make_batches
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
@@ -71,8 +72,6 @@ def both(trunk: Trunk, sampler: VllmSampler, **sampling: Any) -> tuple[list[Comp
 
 def trained_gap(trunk: Trunk, drawn: list[Completion]) -> float:
     """Largest difference of a token's log-prob from the trunk's own, nats."""
-    from kilter.tree import Group, Response, make_batches
-
     gaps = []
     for one in drawn:
         (batch,) = make_batches([Group(one.prompt, (Response(one.ids),))], row_tokens=256, batch_tokens=256)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from kilter.config import PolicyConfig
 from kilter.errors import CheckError
 from kilter.models.generation import NativeSampler
 from kilter.models.trunk import Trunk
@@ -77,8 +78,6 @@ def test_kilters_own_samples_are_not_weighed(make_trunk: Make, make_source: Make
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_every_algorithm_can_weigh(weighted: bool) -> None:
-    from kilter.config import PolicyConfig
-
     for name, algorithm in ALGORITHMS.items():
         numbers = algorithm.resolved(name, PolicyConfig())
         assert algorithm.objective(numbers, longest=8, weighted=weighted).weighted == weighted

@@ -13,11 +13,10 @@ from kilter.errors import RunError
 from kilter.guard.causes import Course, Named, causes
 from kilter.guard.rows import rows_of
 from kilter.guard.watch import ALARMS, looked_back
-from kilter.rundir import read_jsonl
+from kilter.rundir import StageDir, ToldSpike, furthest, read_jsonl, spikes_in
 
-SPIKES = "spikes.jsonl"
-SPIKES_TOLD, ROWS_TOLD, TEXT_TOLD = 3, 3, 70
-"""Of a stage's spikes, of a spike's rows and of a row's texts: how much is said."""
+TEXT_TOLD = 70
+"""Characters of a row's text that are said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +32,8 @@ class StageFound:
     """Folders of steps that were not finite."""
     causes: Sequence[Named] = ()
     """Numbers of the recipe that its figures speak against, the likeliest first."""
-    spikes: Sequence[Mapping[str, Any]] = ()
-    """As in spikes.jsonl: steps with an unusual gradient, and the rows behind each."""
+    spikes: Sequence[ToldSpike] = ()
+    """Steps with an unusual gradient, and the rows behind each."""
 
 
 def why(run: Path) -> list[StageFound]:
@@ -54,7 +53,7 @@ def why(run: Path) -> list[StageFound]:
         failures = sorted(str(path) for path in folder.glob("failures/*"))
         options = stages.get(folder.name.partition("-")[2], {})
         named = causes(Course(options, rows, steps, ended=(folder / "done.json").exists()))
-        spikes = [spike for spike in read_jsonl(folder / SPIKES) if _whole(spike)]
+        spikes = spikes_in(read_jsonl(StageDir(folder).spikes))
         if rows or failures or named or spikes:
             found.append(StageFound(folder.name, len(rows), said, failures, named, spikes))
     if not found and not (run / "recipe.yaml").exists():
@@ -101,35 +100,24 @@ def _paragraph(stage: StageFound) -> str:
     return "\n".join(lines) if len(lines) > 1 else f"{lines[0]} no symptom"
 
 
-def _spiked(spikes: Sequence[Mapping[str, Any]]) -> list[str]:
+def _spiked(spikes: Sequence[ToldSpike]) -> list[str]:
     """The steps whose gradients were furthest from usual, and of each the rows that most of it came from."""
     lines = []
-    worst = sorted(spikes, key=lambda spike: spike["usual"] / spike["grad_norm"])[:SPIKES_TOLD]
-    for spike in sorted(worst, key=lambda spike: spike["step"]):
-        times = spike["grad_norm"] / max(spike["usual"], 1e-12)
-        lines.append(f"  step {spike['step']}: its gradient was {times:.0f} times the usual one; it came from")
+    worst = furthest(spikes)
+    for spike in worst:
+        lines.append(f"  step {spike.step}: its gradient was {spike.times:.0f} times the usual one; it came from")
         lines += [
             f"    {row['share']:.0%} {row['name']}: {_short(row['prompt'])} -> "
             + " | ".join(map(_short, row["responses"]))
-            for row in spike["rows"][:ROWS_TOLD]
+            for row in spike.rows
         ]
-        if not spike["rows"]:
+        if not spike.rows:
             lines[-1] += " rows that are not known: several processes trained"
     if more := len(spikes) - len(worst):
         lines.append(f"  {more} more such steps are in spikes.jsonl")
     if lines:
         lines.append("    try: look at these rows, and take out those that are wrong; lower the learning rate")
     return lines
-
-
-def _whole(spike: Mapping[str, Any]) -> bool:
-    """Whether a row of spikes.jsonl is as it was written, and no one has edited it."""
-    rows = spike.get("rows")
-    return (
-        all(isinstance(spike.get(name), int | float) for name in ("step", "grad_norm", "usual"))
-        and isinstance(rows, list)
-        and all(isinstance(row, dict) and {"name", "share", "prompt", "responses"} <= row.keys() for row in rows)
-    )
 
 
 def _short(text: str) -> str:

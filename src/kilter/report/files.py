@@ -37,6 +37,8 @@ What the stages write, and the report reads (every part may be missing; a missin
 `stages/NN-name/agreement.json` {"items", "annotators", "measures": {name: figure}, "by_kind": {kind: figure}}: of a
                     stage that had responses judged twice.
 `stages/NN-name/result/audit.json`  what `kilter reward audit` says, beside its page audit.html.
+`stages/NN-name/spikes.jsonl` {"step", "grad_norm", "usual", "rows": [{"name", "share", "norm", "prompt",
+                    "responses"}]}: a step with an unusual gradient, and the rows behind it.
 `stages/NN-name/metrics.jsonl`  {"step", "seconds", "loss/...": float, "rewards/...": float, ...}
 """
 

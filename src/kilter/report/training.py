@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -10,13 +10,13 @@ from markupsafe import Markup
 
 from kilter.report.answers import visible
 from kilter.report.figures import model_label, number, write_number
-from kilter.report.files import Row, RunFiles, listing
+from kilter.report.files import Row, RunFiles
 from kilter.report.svg import Axis, Point, axis_over, el, path, tick_step, tick_text
+from kilter.rundir import furthest, spikes_in
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 330, 150, 46, 22, 10
 MOST_POINTS = 300
 MOST_CHARTS = 6
-MOST_SPIKES, MOST_ROWS = 3, 3
 # What a reader wants first; other names follow in the order of the file, and those of the machine come last.
 _FIRST = (
     "loss/",
@@ -107,24 +107,17 @@ def _charts(stage: str, rows: Sequence[Row], spikes: Sequence[Row]) -> StageChar
 
 def _worst(spikes: Sequence[Row]) -> tuple[SpikeRow, ...]:
     """The rows with the largest shares of the steps that were furthest from usual, in the order of the steps."""
-    rated = []
-    for spike in spikes:
-        step, norm, usual = (number(spike.get(name)) for name in ("step", "grad_norm", "usual"))
-        if step is not None and norm is not None and usual:
-            rated.append((norm / usual, int(step), listing(spike, "rows")[:MOST_ROWS]))
-    worst = sorted(sorted(rated, key=lambda one: -one[0])[:MOST_SPIKES], key=lambda one: one[1])
     return tuple(
         SpikeRow(
-            step,
-            times,
-            number(row.get("share")) or 0.0,
-            visible(row.get("name")),
-            visible(row.get("prompt")),
-            tuple(visible(text) for text in listing(row, "responses")),
+            spike.step,
+            spike.times,
+            row["share"],
+            visible(row["name"]),
+            visible(row["prompt"]),
+            tuple(visible(text) for text in row["responses"]),
         )
-        for times, step, rows in worst
-        for row in rows
-        if isinstance(row, Mapping)
+        for spike in furthest(spikes_in(spikes))
+        for row in spike.rows
     )
 
 

@@ -279,7 +279,7 @@ def load_batches(folder: Path) -> tuple[list[Batch], dict[str, Any]]:
     """The inverse of `save_batches`: the micro-batches, and what was said of them."""
     held = _read_state(folder, "batches")
     batches = [
-        Batch(TokenTree(**row["tree"]), row["units"], row["ref_logprobs"], row["extras"], tuple(row["names"]))
+        Batch(TokenTree(**row["tree"]), row["units"], row["ref_logprobs"], row["extras"], tuple(row.get("names", ())))
         for row in held["batches"]
     ]
     return batches, held["about"]
