@@ -9,7 +9,7 @@ import pytest
 import small
 
 import kilter
-from kilter.errors import CheckError, ModelError
+from kilter.errors import CheckError, ConfigError, ModelError
 from kilter.models.vllm_sampler import has_vllm
 from kilter.rundir import read_jsonl
 
@@ -31,6 +31,20 @@ def test_it_is_refused_before_any_work_where_there_is_none(tmp_path: Path, monke
     with pytest.raises(ModelError, match=r"stages\.rl\.sampler\.engine is vllm, and vLLM is not installed"):
         run(tmp_path / "run")
     assert not list((tmp_path / "run").glob("stages/*"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "sampler", "says"),
+    [
+        ("rl", {"cap": 3.0}, r"cap is 3\.0, but Kilter's own sampler has no use for it"),
+        ("rl", {"dtype": "float32"}, "dtype is float32, but"),
+        ("online", {"engine": "vllm", "max_gap": 0.1}, r"sampler\.max_gap is 0\.1, but pairs are compared as they are"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(stage: str, sampler: dict[str, Any], says: str) -> None:
+    changed = small.recipe()["stages"]["ppo" if stage == "rl" else stage] | {"sampler": sampler}
+    with pytest.raises(ConfigError, match=says):
+        kilter.recipe({"stages": {"x": changed}})
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=with_vllm), pytest.param(4, marks=with_vllm)])

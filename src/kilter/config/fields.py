@@ -235,6 +235,19 @@ class SamplerConfig(Model):
     max_gap: Annotated[float, Field(gt=0)] = 0.05
     """A rollout on which the two differ by more than this, nats a token in the mean, is refused."""
 
+    def changed(self, *names: str) -> list[str]:
+        """Those of these options that are not as they are by default."""
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+
+    @model_validator(mode="after")
+    def _of_use(self) -> Self:
+        if self.engine == "native" and (given := self.changed("dtype", "memory", "cap", "max_gap")):
+            raise ValueError(
+                f"{given[0]} is {getattr(self, given[0])}, but Kilter's own sampler has no use for it; leave it out, "
+                "or set engine to vllm"
+            )
+        return self
+
 
 class LossConfig(Model):
     """A preference loss by name, with its options beside: `{name: simpo, beta: 2, gamma: 1}`.

@@ -258,6 +258,15 @@ class OnlineStage(_WithLoss):
         """Steps of one pass over a round."""
         return -(-self.prompts_per_round // self.optim.batch_size)
 
+    @model_validator(mode="after")
+    def _weighs_no_token(self) -> Self:
+        if given := self.sampler.changed("cap", "max_gap"):
+            raise ValueError(
+                f"sampler.{given[0]} is {getattr(self.sampler, given[0])}, but pairs are compared as they are, whoever "
+                "drew them; leave it out"
+            )
+        return self
+
 
 class RlStage(Stage):
     """Reinforcement learning from a reward."""
