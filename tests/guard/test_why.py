@@ -108,3 +108,14 @@ def test_a_step_that_jumped_is_told_with_the_rows_it_came_from(tmp_path: Path) -
     assert [line.split(":")[1] for line in lines[6:9]] == ["0", "1", "2"], "the three largest"
     assert lines[9] == "  1 more such steps are in spikes.jsonl"
     assert lines[10].startswith("    try: look at these rows") and len(lines) == 11
+
+
+def test_what_would_steer_a_terminal_is_shown_by_name(tmp_path: Path) -> None:
+    grown = stage(tmp_path, "01-grown", metrics([10.0] * 3))
+    alarm = looked_back(rows_of(metrics([10.0, 20.0, 20.0])))[0].to_dict()
+    (grown / ALARMS).write_text(json.dumps(alarm | {"says": "a phrase: \x1b[2J"}) + "\n")
+    row = {"name": "a\n\u202ea", "share": 1.0, "prompt": "\x1b]0;", "responses": ["\x07"]}
+    (grown / "spikes.jsonl").write_text(json.dumps(spike(2, 6.0, [row])) + "\n")
+    said = in_words(why(tmp_path))
+    assert "a phrase: ⟨U+001B⟩[2J" in said
+    assert "    100% a ⟨U+202E⟩a: ⟨U+001B⟩]0; -> ⟨U+0007⟩\n" in said

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from kilter.errors import RunError
+from kilter.errors import RunError, one_line, visible
 from kilter.guard.causes import Course, Named, causes
 from kilter.guard.rows import rows_of
 from kilter.guard.watch import ALARMS, looked_back
@@ -75,7 +75,7 @@ def in_words(found: Sequence[StageFound]) -> str:
     """A paragraph for each stage."""
     if not found:
         return "No stage of this run sampled from a policy, no step failed, and no number stands out."
-    return "\n\n".join(map(_paragraph, found))
+    return visible("\n\n".join(map(_paragraph, found)))
 
 
 def _paragraph(stage: StageFound) -> str:
@@ -107,7 +107,7 @@ def _spiked(spikes: Sequence[ToldSpike]) -> list[str]:
     for spike in worst:
         lines.append(f"  step {spike.step}: its gradient was {spike.times:.0f} times the usual one; it came from")
         lines += [
-            f"    {row['share']:.0%} {row['name']}: {_short(row['prompt'])} -> "
+            f"    {row['share']:.0%} {one_line(row['name'])}: {_short(row['prompt'])} -> "
             + " | ".join(map(_short, row["responses"]))
             for row in spike.rows
         ]
@@ -122,5 +122,5 @@ def _spiked(spikes: Sequence[ToldSpike]) -> list[str]:
 
 def _short(text: str) -> str:
     """A text in a few words, on one line: its end is what an answer is about."""
-    words = " ".join(text.split())
+    words = one_line(text)
     return words if len(words) <= TEXT_TOLD else f"...{words[3 - TEXT_TOLD :]}"
