@@ -2,7 +2,6 @@
 
     python tools/guard.py --out runs/guard --seeds 0 8              run what is not there yet: resumable
     python tools/guard.py --out runs/guard --seeds 8 28 --kinds clean flattery
-    python tools/guard.py --out runs/guard --seeds 8 28 --acts rolled_back stopped      and with a guard that acts
     python tools/guard.py --out runs/guard --seeds 8 28 --table     the tables of what is there
 
 A base (`OUT/base-B`) is the demo's SFT model whose demonstrations hold some bad habits, the preferences of a crowd
@@ -83,12 +82,6 @@ KINDS = (*NUMBERS, SIGN_PAIRS, *PLANTED)
 REFUSED = [name for name, one in SYMPTOMS.items() if one.refused]
 HELD_BACK = "format"
 """The kind that no threshold was chosen on."""
-ACTS: dict[str, dict[str, Any]] = {
-    "rolled_back": {"action": "roll_back"},
-    "stopped_by_probe": {"action": "stop"},
-    "stopped": {"action": "stop", "probe": ""},
-}
-"""What a guard does that acts; without a probe it does not know truth."""
 FELL = 0.1
 """Truth that a run has lost since its peak, from which on there is something to keep."""
 
@@ -136,9 +129,10 @@ def base(out: Path, number: int) -> dict[str, str]:
     return found | {"pairs": str((made.stage(places["reward"], "reward").path / HELD_OUT).resolve())}
 
 
-def stage_of(out: Path, made: Mapping[str, str], kind: str, seed: int) -> dict[str, Any]:
-    """The stage of one kind, whose guard only warns; `made` are the folders of its base."""
+def go(out: Path, kind: str, seed: int) -> None:
+    """One run of one kind."""
     number = seed // SEEDS_OF_A_BASE
+    made = base(out, number)
     reward = made["wrong"] if kind in ("sign", SIGN_PAIRS) else made["reward"]
     if kind in PLANTED:
         sheet = out / f"{kind}-{number}.yaml"
@@ -146,7 +140,7 @@ def stage_of(out: Path, made: Mapping[str, str], kind: str, seed: int) -> dict[s
         reward = str(sheet.resolve())
     numbers = NUMBERS.get(kind, {})
     policy = {"kl_coef": 0.05, "kl_controller": "fixed", "epochs": 1, "minibatches": 2}
-    return {
+    stage = {
         "stage": "rl",
         "algorithm": numbers.get("algorithm", "rloo"),
         "model": made["sft"],
@@ -164,12 +158,6 @@ def stage_of(out: Path, made: Mapping[str, str], kind: str, seed: int) -> dict[s
             "actions": {name: "warn" for name, one in SYMPTOMS.items() if one.refused},
         },
     }
-
-
-def go(out: Path, kind: str, seed: int) -> None:
-    """One run of one kind."""
-    made = base(out, seed // SEEDS_OF_A_BASE)
-    stage = stage_of(out, made, kind, seed)
     if kind != SIGN_PAIRS:
         run(out, f"{kind}-{seed}", seed, {"rl": stage})
         return
@@ -182,17 +170,6 @@ def go(out: Path, kind: str, seed: int) -> None:
     except CheckError as error:
         refused = str(error)
     write_json(said, {"refused": refused})
-
-
-def act(out: Path, kind: str, seed: int, how: str) -> None:
-    """The same run with a guard that acts, and the true reward of the policy that it ends with."""
-    made = base(out, seed // SEEDS_OF_A_BASE)
-    stage = stage_of(out, made, kind, seed)
-    guard = stage["guard"] | ACTS[how]
-    truth = {key: DEMO["evaluation"][key] for key in ("stage", "truth", "measure")}
-    truth |= {"models": {"kept": "rl"}, "prompts": stage["prompts"], "sampling": stage["sampling"]}
-    truth |= {"reference": made["sft"], "reward": made["reward"], "curve_prompts": 0}
-    run(out, f"{kind}-{seed}-{how}", seed, {"rl": stage | {"guard": guard}, "evaluation": truth})
 
 
 # The tables ----------------------------------------------------------------------------------------------------------
@@ -243,50 +220,6 @@ def outcomes(out: Path, seeds: range, *, probe: bool) -> list[Outcome]:
     return found
 
 
-class Acted(NamedTuple):
-    """A run whose guard acted, beside the same run that went to its end."""
-
-    kind: str
-    ended: float
-    """Truth of the policy it ended with, of fresh answers."""
-    best: float
-    last: float
-
-
-def acted(out: Path, seeds: range, how: str) -> list[Acted]:
-    """Of all runs of these seeds that have ended, and that lost truth when nobody acted."""
-    found = []
-    for seed in seeds:
-        for kind in KINDS:
-            summary = out / f"{kind}-{seed}-{how}/summary.json"
-            if summary.exists():
-                warned = read_jsonl(out / f"{kind}-{seed}/stages/01-rl/metrics.jsonl")
-                one = outcome(kind, rows_of(warned), probe=True)
-                ended = json.loads(summary.read_text())["models"]["kept"]["true_reward"]["mean"]
-                if one.best - one.last > FELL:
-                    found.append(Acted(kind, ended, one.best, one.last))
-    return found
-
-
-def table_of_acts(out: Path, seeds: range) -> str:
-    """Markdown: what the policy was worth that such a run ended with."""
-    lines = [
-        "| kind | guard | runs that lost truth | true reward at the end, nobody acts | the guard acts | at the peak | "
-        "kept of what was lost |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for how in ACTS:
-        told = acted(out, seeds, how)
-        rows = [(kind, [one for one in told if one.kind == kind]) for kind in KINDS]
-        for name, own in [*rows, ("**all**", told)]:
-            if own:
-                last, ended, best = (fmean(getattr(one, field) for one in own) for field in ("last", "ended", "best"))
-                kept = (ended - last) / (best - last)
-                shown = f"{last:.2f} | {ended:.2f} | {best:.2f} | {kept:.2f}"
-                lines.append(f"| {name} | {how.replace('_', ' ')} | {len(own)} | {shown} |")
-    return "\n".join(lines)
-
-
 def at_least(hits: int, of: int) -> float:
     """Lower end of a one-sided 95% interval of a share (Clopper and Pearson 1934)."""
     return float(beta.ppf(0.05, hits, of - hits + 1)) if hits else 0.0
@@ -335,19 +268,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/guard"))
     parser.add_argument("--seeds", type=int, nargs=2, default=(8, 28), help="from, to (left out)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--acts", nargs="+", choices=ACTS, default=(), help="run them again with a guard that acts")
     parser.add_argument("--table", action="store_true", help="print the tables of what is there")
     options = parser.parse_args()
     seeds = range(*options.seeds)
     if options.table:
         print(tables(options.out, seeds))
-        print(table_of_acts(options.out, seeds))
         return
     for seed in seeds:
         for kind in options.kinds:
             go(options.out, kind, seed)
-            for how in options.acts:
-                act(options.out, kind, seed, how)
 
 
 if __name__ == "__main__":
