@@ -129,10 +129,9 @@ def base(out: Path, number: int) -> dict[str, str]:
     return found | {"pairs": str((made.stage(places["reward"], "reward").path / HELD_OUT).resolve())}
 
 
-def go(out: Path, kind: str, seed: int) -> None:
-    """One run of one kind."""
+def stage_of(out: Path, made: Mapping[str, str], kind: str, seed: int) -> dict[str, Any]:
+    """The stage of one kind, whose guard only warns; `made` are the folders of its base."""
     number = seed // SEEDS_OF_A_BASE
-    made = base(out, number)
     reward = made["wrong"] if kind in ("sign", SIGN_PAIRS) else made["reward"]
     if kind in PLANTED:
         sheet = out / f"{kind}-{number}.yaml"
@@ -140,7 +139,7 @@ def go(out: Path, kind: str, seed: int) -> None:
         reward = str(sheet.resolve())
     numbers = NUMBERS.get(kind, {})
     policy = {"kl_coef": 0.05, "kl_controller": "fixed", "epochs": 1, "minibatches": 2}
-    stage = {
+    return {
         "stage": "rl",
         "algorithm": numbers.get("algorithm", "rloo"),
         "model": made["sft"],
@@ -158,6 +157,12 @@ def go(out: Path, kind: str, seed: int) -> None:
             "actions": {name: "warn" for name, one in SYMPTOMS.items() if one.refused},
         },
     }
+
+
+def go(out: Path, kind: str, seed: int) -> None:
+    """One run of one kind."""
+    made = base(out, seed // SEEDS_OF_A_BASE)
+    stage = stage_of(out, made, kind, seed)
     if kind != SIGN_PAIRS:
         run(out, f"{kind}-{seed}", seed, {"rl": stage})
         return
