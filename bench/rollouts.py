@@ -6,7 +6,8 @@ Prompts and answers have the lengths of HH-RLHF where shared/ is beside the chec
 random, the model has the shape named and random weights. Every answer ends at its own preset length, because a random
 model never ends one. Both take the likeliest token, and in float32 the tokens must be the same before a time is told.
 Ways: `kilter` and `generate` in float32, and each in bfloat16 where the processor has it. `generate` has all rows in
-one batch, padded on the left, each prompt four times, as TRL's trainers call it.
+one batch, padded on the left, each prompt four times, as TRL's trainers call it. Where vLLM is installed (its build for
+CPUs has an environment of its own), `vllm` too: in this process, on the same cores.
 
 Printed are medians over the rounds and their ratios, the tokens a second, and the largest difference between the
 log-probs of sampling and of training.
@@ -20,6 +21,7 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -33,14 +35,16 @@ from kilter.models.build import policy_trunk
 from kilter.models.generation import NativeSampler
 from kilter.models.sampling import Sampling, Stops, draw_seeds
 from kilter.models.trunk import Trunk
+from kilter.models.vllm_sampler import has_vllm
 from kilter.train.reference import with_reference
 from kilter.tree import Group, Response
-from preferences import PAD, SIZES, has_bfloat16, lengths, model_of
+from preferences import MAX_TOKENS, PAD, SIZES, has_bfloat16, lengths, model_of
 
 SAMPLES = 4
+Way = Callable[[list[list[int]]], list[list[int]]]
 
 
-def kilter_way(trunk: Trunk, limits: torch.Tensor) -> Callable[[list[list[int]]], list[list[int]]]:
+def kilter_way(trunk: Trunk, limits: torch.Tensor) -> Way:
     sampler = NativeSampler(trunk, "policy", batch_size=limits.numel())
     seeds = draw_seeds(torch.Generator().manual_seed(0), *limits.shape)
     sampling = Sampling(temperature=0.0, max_new_tokens=int(limits.max()))
@@ -52,7 +56,7 @@ def kilter_way(trunk: Trunk, limits: torch.Tensor) -> Callable[[list[list[int]]]
     return answer
 
 
-def generate_way(model: Any, limits: torch.Tensor) -> Callable[[list[list[int]]], list[list[int]]]:
+def generate_way(model: Any, limits: torch.Tensor) -> Way:
     def answer(prompts: list[list[int]]) -> list[list[int]]:
         rows = [prompt for prompt in prompts for _ in range(SAMPLES)]
         width = max(len(row) for row in rows)
@@ -72,6 +76,28 @@ def generate_way(model: Any, limits: torch.Tensor) -> Callable[[list[list[int]]]
             stopping_criteria=transformers.StoppingCriteriaList([ended]),
         )
         return [row[width : width + limit] for row, limit in zip(out.tolist(), limits.flatten().tolist(), strict=True)]
+
+    return answer
+
+
+def vllm_way(model: Any, limits: torch.Tensor, dtype: str) -> Way:
+    """By its engine alone: what a training run adds, sending the weights, is no part of it."""
+    import vllm
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        engine = vllm.LLM(
+            model=folder, skip_tokenizer_init=True, dtype=dtype, max_model_len=2 * MAX_TOKENS, disable_log_stats=True
+        )
+
+    def answer(prompts: list[list[int]]) -> list[list[int]]:
+        engine.reset_prefix_cache()  # or the second round would find the prompts of the first
+        asked = [
+            vllm.SamplingParams(temperature=0.0, max_tokens=limit, ignore_eos=True, detokenize=False)
+            for limit in limits.flatten().tolist()
+        ]
+        rows: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(SAMPLES)]
+        return [list(one.outputs[0].token_ids) for one in engine.generate(rows, asked, use_tqdm=False)]
 
     return answer
 
@@ -108,6 +134,13 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     os.sched_setaffinity(0, set(range(options.cores)))
     torch.set_num_threads(options.cores)
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{options.cores - 1}",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     if options.quick:
         options.size, options.rounds, options.prompts, options.ways = "4m", 0, 4, ["kilter", "generate"]
     size = SIZES[options.size]
@@ -115,7 +148,7 @@ def main() -> int:
     rng = random.Random(2)
     prompts = [[rng.randrange(2, size.vocab) for _ in range(row[0])] for row in drawn]
     limits = torch.tensor([row[1:] for row in drawn])
-    ways: dict[str, Callable[[list[list[int]]], list[list[int]]]] = {}
+    ways: dict[str, Way] = {}
     trunks: dict[str, Trunk] = {}
     for name in ["float32", *(["bfloat16"] if has_bfloat16() else [])]:
         low = name == "bfloat16"
@@ -123,10 +156,12 @@ def main() -> int:
         trunks[name] = policy_trunk(model_of(size, 0), compute_dtype=torch.bfloat16 if low else None)
         ways[f"kilter{suffix}"] = kilter_way(trunks[name], limits)
         plain = model_of(size, 0).eval()
+        if has_vllm():
+            ways[f"vllm{suffix}"] = vllm_way(plain, limits, name)
         ways[f"generate{suffix}"] = generate_way(plain.to(torch.bfloat16) if low else plain, limits)
     ways = {name: way for name, way in ways.items() if not options.ways or name in options.ways}
     tokens = {name: way(prompts) for name, way in ways.items()}
-    if tokens["kilter"] != tokens["generate"]:
+    if any(tokens[name] != tokens["kilter"] for name in ("generate", "vllm") if name in tokens):
         print("the greedy tokens differ in float32: nothing is compared")
         return 1
     print(f"{limits.numel()} answers, {int(limits.sum())} greedy tokens: the same in float32")
@@ -140,7 +175,7 @@ def main() -> int:
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(own) for name, own in seconds.items()}
     for name, median in medians.items():
-        over = ", ".join(f"{medians[other] / median:5.2f} of {other}" for other in medians if "generate" in other)
+        over = ", ".join(f"{medians[other] / median:5.2f} of {other}" for other in medians if "kilter" not in other)
         print(f"{name:14} {median:8.3f} s, {int(limits.sum()) / median:7.0f} tokens/s; times as fast: {over}")
     gaps = {name: sampler_gap(trunk, prompts, limits) for name, trunk in trunks.items()}
     for name, gap in gaps.items():
