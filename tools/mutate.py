@@ -58,7 +58,7 @@ COMPARISONS: dict[type, tuple[type, ...]] = {
 DROPPED = {"clamp", "abs", "square", "exp", "detach", "triu", "sum", "log", "relu"}
 """Methods that leave something of the same kind when they are dropped: x.clamp(...) becomes x."""
 EXCHANGED = {"maximum": "minimum", "minimum": "maximum", "logsigmoid": "sigmoid", "expm1": "exp", "rsqrt": "sqrt"}
-COMMUTATIVE = {"maximum", "minimum", "max", "min", "isinstance", "getattr"}
+COMMUTATIVE = {"maximum", "minimum", "max", "min", "logaddexp", "isinstance", "getattr"}
 
 
 class Mutant(NamedTuple):

@@ -14,13 +14,15 @@ from kilter.losses import (
     PAIR_LOSSES,
     RANKED_INPUTS,
     RANKED_LOSSES,
+    REWARD_INPUTS,
+    REWARD_LOSSES,
     UNPAIRED_INPUTS,
     UNPAIRED_LOSSES,
     PreferenceLoss,
     Range,
+    all_losses,
     bind,
     pair_loss,
-    preference_losses,
     ranked_loss,
     unpaired_loss,
     unusual,
@@ -102,8 +104,13 @@ def test_a_loss_over_single_responses_is_one_function_too(
 
 @pytest.mark.parametrize(
     ("table", "order"),
-    [(PAIR_LOSSES, PAIR_INPUTS), (UNPAIRED_LOSSES, UNPAIRED_INPUTS), (RANKED_LOSSES, RANKED_INPUTS)],
-    ids=["pair", "unpaired", "ranked"],
+    [
+        (PAIR_LOSSES, PAIR_INPUTS),
+        (UNPAIRED_LOSSES, UNPAIRED_INPUTS),
+        (RANKED_LOSSES, RANKED_INPUTS),
+        (REWARD_LOSSES, REWARD_INPUTS),
+    ],
+    ids=["pair", "unpaired", "ranked", "reward"],
 )
 def test_inputs_stand_in_one_order(table: dict[str, PreferenceLoss], order: dict[str, str]) -> None:
     """Who calls a loss by hand can rely on it; `bind` hands inputs over in the order of the signature."""
@@ -115,7 +122,7 @@ def test_units_and_lengths() -> None:
     assert {loss.unit for name, loss in PAIR_LOSSES.items() if name != "nll"} == {"pairs"}
     assert PAIR_LOSSES["nll"].unit == "chosen_tokens"
     assert {loss.unit for loss in (UNPAIRED_LOSSES | RANKED_LOSSES).values()} == {"prompts"}
-    by_length = {name for name, loss in preference_losses().items() if loss.length_normalized}
+    by_length = {name for name, loss in all_losses().items() if loss.length_normalized}
     assert by_length == {"ipo", "dpo_norm", "orpo", "simpo", "alphapo", "tpo_l"}
     free = {name for name, loss in PAIR_LOSSES.items() if not loss.needs_reference}
     assert free == {"nll", "orpo", "simpo", "alphapo", "cpo"}
