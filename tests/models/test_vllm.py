@@ -1,8 +1,14 @@
-"""vLLM itself as the sampler: it has the policy's weights, and draws from its distribution. Skips without vLLM."""
+"""vLLM itself as the sampler, in this process and as a server: it has the policy's weights, and draws from its
+distribution. Skips without vLLM."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +17,14 @@ import pytest
 import torch
 import transformers
 
+from kilter.errors import ModelError
 from kilter.models.build import policy_trunk
 from kilter.models.generation import Completion, NativeSampler
 from kilter.models.roles import Lora
 from kilter.models.sampling import Sampling, Stops, draw_seeds
 from kilter.models.trunk import Trunk
-from kilter.models.vllm_sampler import InProcess, VllmSampler
+from kilter.models.vllm_sampler import Engine, InProcess, VllmSampler
+from kilter.models.vllm_server import KEY, Served
 from kilter.tree import Group, Response, make_batches
 
 pytestmark = [
@@ -81,13 +89,55 @@ def trained_gap(trunk: Trunk, drawn: list[Completion]) -> float:
     return max(gaps)
 
 
-@pytest.fixture(scope="module", params=[0, 4], ids=["whole weights", "adapter"])
-def held(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[Trunk, VllmSampler]]:
-    lora = Lora(request.param) if request.param else None
-    trunk = policy_trunk(folder, reference=True, lora=lora, generator=torch.Generator().manual_seed(0))
-    engine = InProcess(folder, rank=request.param, dtype="float32", memory=0.1, max_tokens=256)
-    yield trunk, VllmSampler(trunk, "policy", engine)
-    del engine
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where one listens that was started as the documentation says, with a key."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    options = ["--model", folder, "--host", "127.0.0.1", "--port", port, "--tokens-only", "--skip-tokenizer-init"]
+    options += ["--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", 8, "--dtype", "float32"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, options)]
+    told = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", KEY: "sesame"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | told) as process:
+        try:
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setenv(KEY, "sesame")
+                _wait_for(f"http://127.0.0.1:{port}", process, log)
+                yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(120):
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            Served(url)
+        except ModelError:
+            time.sleep(1)
+        else:
+            return
+    pytest.fail(log.read_text()[-3000:])
+
+
+def engine(kind: str, rank: int, folder: Path, request: pytest.FixtureRequest) -> Engine:
+    if kind == "server":
+        return Served(request.getfixturevalue("server"))
+    return InProcess(folder, rank=rank, dtype="float32", memory=0.1, max_tokens=256)
+
+
+@pytest.fixture(
+    scope="module", params=[(kind, rank) for kind in ("process", "server") for rank in (4, 0)], ids=lambda it: str(it)
+)
+def held(request: pytest.FixtureRequest, folder: Path) -> tuple[Trunk, VllmSampler]:
+    """By an adapter first: a server keeps the whole weights that it was given last."""
+    kind, rank = request.param
+    trunk = policy_trunk(
+        folder, reference=True, lora=Lora(rank) if rank else None, generator=torch.Generator().manual_seed(0)
+    )
+    return trunk, VllmSampler(trunk, "policy", engine(kind, rank, folder, request))
 
 
 def test_it_draws_from_the_policy_as_it_is_now(held: tuple[Trunk, VllmSampler]) -> None:
@@ -118,3 +168,9 @@ def test_log_probs_are_those_of_what_was_drawn_from(held: tuple[Trunk, VllmSampl
     native, theirs = both(trunk, sampler, temperature=0.5, top_k=1)
     assert [one.ids for one in native] == [one.ids for one in theirs]
     assert all(abs(number) < 1e-5 for one in theirs for number in one.logprobs), "one token is all that is left"
+
+
+def test_a_server_without_its_key_says_so(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY)
+    with pytest.raises(ModelError, match=rf"{server}/v1/models says 401: it asks for a key; .* {KEY}"):
+        Served(server)

@@ -33,9 +33,19 @@ def test_it_is_refused_before_any_work_where_there_is_none(tmp_path: Path, monke
     assert not list((tmp_path / "run").glob("stages/*"))
 
 
+def test_a_server_that_is_not_there_is_refused_before_any_work(tmp_path: Path) -> None:
+    stage = RL | {"sampler": {"engine": "vllm", "url": "http://127.0.0.1:9"}}
+    with pytest.raises(ModelError, match=r"stages\.rl\.sampler\.url: no vLLM answers at http://127\.0\.0\.1:9"):
+        kilter.align({"stages": {"rl": stage}}, out=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("stages/*"))
+
+
 @pytest.mark.parametrize(
     ("stage", "sampler", "says"),
     [
+        ("rl", {"url": "http://127.0.0.1:8000"}, "url is http://127.0.0.1:8000, but Kilter's own sampler"),
+        ("rl", {"engine": "vllm", "url": "file:///x"}, "url"),
+        ("rl", {"engine": "vllm", "url": "http://x", "memory": 0.5}, r"memory is 0\.5, but a server computes as"),
         ("rl", {"cap": 3.0}, r"cap is 3\.0, but Kilter's own sampler has no use for it"),
         ("rl", {"dtype": "float32"}, "dtype is float32, but"),
         ("online", {"engine": "vllm", "max_gap": 0.1}, r"sampler\.max_gap is 0\.1, but pairs are compared as they are"),

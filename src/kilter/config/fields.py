@@ -225,10 +225,12 @@ class SamplerConfig(Model):
 
     engine: Literal["native", "vllm"] = "native"
     """Kilter's own sampler, or vLLM (`pip install vllm`), which is given the policy's weights before each rollout."""
+    url: Annotated[str, Field(pattern=r"^(https?://.+)?$")] = ""
+    """Of a vLLM server that sees this machine's files, `http://127.0.0.1:8000`; empty: vLLM in this process."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """What vLLM computes in."""
+    """What vLLM computes in, in this process."""
     memory: Annotated[float, Field(gt=0, le=1)] = 0.3
-    """Share of the GPU's memory that vLLM takes, for weights, keys and values."""
+    """Share of the GPU's memory that vLLM takes in this process, for weights, keys and values."""
     cap: Annotated[float, Field(ge=1)] = 2.0
     """Each token's part of the policy loss is multiplied by how much likelier the trainer finds it than vLLM did, by at
     most this (truncated importance sampling, Yao et al. 2025)."""
@@ -241,10 +243,15 @@ class SamplerConfig(Model):
 
     @model_validator(mode="after")
     def _of_use(self) -> Self:
-        if self.engine == "native" and (given := self.changed("dtype", "memory", "cap", "max_gap")):
+        if self.engine == "native" and (given := self.changed("url", "dtype", "memory", "cap", "max_gap")):
             raise ValueError(
                 f"{given[0]} is {getattr(self, given[0])}, but Kilter's own sampler has no use for it; leave it out, "
                 "or set engine to vllm"
+            )
+        if self.url and (given := self.changed("dtype", "memory")):
+            raise ValueError(
+                f"{given[0]} is {getattr(self, given[0])}, but a server computes as it was started; leave it out, or "
+                "leave out url"
             )
         return self
 

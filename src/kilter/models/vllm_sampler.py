@@ -29,7 +29,10 @@ from kilter.models.sampling import Sampling, Stops
 from kilter.models.save import save_weights
 from kilter.models.trunk import Trunk
 
-NO_VLLM = "sampler.engine is vllm, and vLLM is not installed here: pip install vllm, or set it to native"
+NO_VLLM = (
+    "sampler.engine is vllm, and vLLM is not installed here: pip install vllm, name a server of it with sampler.url, "
+    "or set the engine to native"
+)
 
 
 def has_vllm() -> bool:
@@ -114,6 +117,23 @@ def _completion(request: Request, answer: Answer, sampling: Sampling, stops: Sto
     return Completion(request.prompt, tuple(answer.ids[:length]), tuple(logprobs), finished)
 
 
+def numbers(sampling: Sampling, stop_ids: Sequence[int], seed: int) -> dict[str, Any]:
+    """vLLM's `SamplingParams` for one answer."""
+    return {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "max_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(stop_ids),
+        "ignore_eos": True,
+        "seed": seed,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+
+
 class InProcess:
     """vLLM's engine for one model, made and held by this process.
 
@@ -162,22 +182,7 @@ class InProcess:
     def draw(self, requests: Sequence[Request], sampling: Sampling, stop_ids: Sequence[int]) -> list[Answer]:
         from vllm import SamplingParams
 
-        asked = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-                repetition_penalty=sampling.repetition_penalty,
-                max_tokens=sampling.max_new_tokens,
-                stop_token_ids=list(stop_ids),
-                ignore_eos=True,
-                seed=request.seed,
-                logprobs=0,
-                detokenize=False,
-            )
-            for request in requests
-        ]
+        asked = [SamplingParams(**numbers(sampling, stop_ids, request.seed)) for request in requests]
         prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
         told = self._llm.generate(prompts, asked, use_tqdm=False, lora_request=self._adapter)
         return [_read(one.outputs[0]) for one in told]

@@ -8,6 +8,7 @@ from kilter.config import OnlineStage, RlStage
 from kilter.models.generation import NativeSampler, Sampler
 from kilter.models.trunk import Trunk
 from kilter.models.vllm_sampler import InProcess, VllmSampler
+from kilter.models.vllm_server import Served
 from kilter.rollout.collect import positions
 from kilter.stages.training import Equipment
 
@@ -16,6 +17,8 @@ def sampler_of(stage: RlStage | OnlineStage, trunk: Trunk, equipment: Equipment)
     """Of the role "policy", as the stage says."""
     if stage.sampler.engine == "native":
         return NativeSampler(trunk, "policy", batch_size=stage.sampling.batch_size)
+    if stage.sampler.url:
+        return VllmSampler(trunk, "policy", Served(stage.sampler.url))
     longest = positions(trunk, ["policy"])
     engine = InProcess(
         equipment.folder,

@@ -20,6 +20,7 @@ from kilter.models.quantized import library
 from kilter.models.roles import Lora
 from kilter.models.trunk import Trunk
 from kilter.models.vllm_sampler import NO_VLLM, has_vllm
+from kilter.models.vllm_server import Served
 from kilter.records import Record
 from kilter.stages.context import Context
 from kilter.stages.spiked import spikes_of
@@ -103,7 +104,7 @@ def check_machine(recipe: Recipe) -> None:
     """Refuses a recipe that asks for what this machine does not have, before any work.
 
     Raises:
-        ConfigError, ModelError: no CUDA device, no bitsandbytes, or no vLLM; with the stage.
+        ConfigError, ModelError: no CUDA device, no bitsandbytes, no vLLM, or no server of it; with the stage.
     """
     for name, stage in recipe.stages.items():
         precision = getattr(stage, "precision", Precision())
@@ -113,7 +114,12 @@ def check_machine(recipe: Recipe) -> None:
                 "float32 and attention auto), or run where there is one"
             )
         sampler = getattr(stage, "sampler", SamplerConfig())
-        if sampler.engine == "vllm" and not has_vllm():
+        if sampler.url:
+            try:
+                Served(sampler.url)
+            except ModelError as err:
+                raise ModelError(f"stages.{name}.sampler.url: {err}") from err
+        elif sampler.engine == "vllm" and not has_vllm():
             raise ModelError(f"stages.{name}.{NO_VLLM}")
         if precision.base == "nf4":
             try:

@@ -1,0 +1,61 @@
+"""What is said when a server of vLLM is not there, or cannot do what is asked; with one, see test_vllm.py."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from kilter.errors import ModelError
+from kilter.models.vllm_server import Served
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Is there, lacks what is offered only when asked for, and finds fault with the rest."""
+
+    def do_GET(self) -> None:
+        self._say(200, b"[]")
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._say(404 if self.path == "/collective_rpc" else 400, b"rank 8\x1b is too\nlarge")
+
+    def _say(self, code: int, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_no_server() -> None:
+    with pytest.raises(ModelError, match=r"no vLLM answers at http://127\.0\.0\.1:9 .*; start it there by .* serve"):
+        Served("http://127.0.0.1:9/")
+
+
+def test_a_server_that_was_not_told_to_take_weights(refusing: str) -> None:
+    with pytest.raises(ModelError, match=r"/collective_rpc says 404: .*; start it by VLLM_SERVER_DEV_MODE=1"):
+        Served(refusing).load(Path("weights"))
+
+
+def test_what_a_server_finds_fault_with_is_shown_on_one_line(refusing: str) -> None:
+    with pytest.raises(ModelError, match=r"/v1/load_lora_adapter says 400: rank 8⟨U\+001B⟩ is too large$"):
+        Served(refusing).adapt(Path("adapter"), 1)
+
+
+def test_a_proxy_of_the_environment_is_not_asked(refusing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    Served(refusing)
