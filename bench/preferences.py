@@ -381,7 +381,9 @@ def rows_in_turn(options: argparse.Namespace, ways: list[str]) -> dict[str, list
         for way, worker in workers.items():
             worker.stdin.write("\n")
             worker.stdin.flush()
-            found[way].append(json.loads(worker.stdout.readline()))
+            if not (told := worker.stdout.readline()):
+                sys.exit(f"\n{way} ended in step {place + 1} with status {worker.wait()}; -9: memory was short")
+            found[way].append(json.loads(told))
             print(f"\r{place + 1} of {options.steps}: {way:12}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     for worker in workers.values():
