@@ -80,8 +80,15 @@ def generate_way(model: Any, limits: torch.Tensor) -> Way:
     return answer
 
 
-def vllm_way(model: Any, limits: torch.Tensor, dtype: str) -> Way:
+def vllm_way(model: Any, limits: torch.Tensor, dtype: str, cores: int) -> Way:
     """By its engine alone: what a training run adds, sending the weights, is no part of it."""
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     import vllm
 
     with tempfile.TemporaryDirectory() as folder:
@@ -134,13 +141,6 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     os.sched_setaffinity(0, set(range(options.cores)))
     torch.set_num_threads(options.cores)
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{options.cores - 1}",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
     if options.quick:
         options.size, options.rounds, options.prompts, options.ways = "4m", 0, 4, ["kilter", "generate"]
     size = SIZES[options.size]
@@ -156,8 +156,8 @@ def main() -> int:
         trunks[name] = policy_trunk(model_of(size, 0), compute_dtype=torch.bfloat16 if low else None)
         ways[f"kilter{suffix}"] = kilter_way(trunks[name], limits)
         plain = model_of(size, 0).eval()
-        if has_vllm():
-            ways[f"vllm{suffix}"] = vllm_way(plain, limits, name)
+        if has_vllm() and (not options.ways or f"vllm{suffix}" in options.ways):
+            ways[f"vllm{suffix}"] = vllm_way(plain, limits, name, options.cores)
         ways[f"generate{suffix}"] = generate_way(plain.to(torch.bfloat16) if low else plain, limits)
     ways = {name: way for name, way in ways.items() if not options.ways or name in options.ways}
     tokens = {name: way(prompts) for name, way in ways.items()}

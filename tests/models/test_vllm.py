@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
-import transformers
 
 from kilter.errors import ModelError
 from kilter.models.build import policy_trunk
@@ -34,32 +34,14 @@ pytestmark = [
 PROMPTS = [(1, 5, 9, 13), (1, 7, 7), (1, 20, 21, 22, 23, 24, 25, 26), (1, *(3 + at % 90 for at in range(150)))]
 """The last is longer than a block of keys and values that is kept for the next prompt that begins so."""
 STOPS = Stops((2,))
-VOCAB = 96
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with heads as wide as vLLM's kernels for processors take, and distributions that differ by token."""
     path = tmp_path_factory.mktemp("model")
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.mul_(3)
-    model.save_pretrained(path)
+    sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "max_position_embeddings": 256}
+    families.untouched_model("llama", vocab_size=96, **sizes).save_pretrained(path)
     return path
 
 

@@ -6,8 +6,10 @@ It is spoken to by tokens alone (`/inference/v1/generate`), so it needs no token
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import secrets
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -28,8 +30,8 @@ KEY = "VLLM_API_KEY"
 """Variable of the environment that holds the server's key, for the server as for who asks it."""
 AT_ONCE = 256
 """Requests that are under way together; the server batches them as it can."""
-LONGEST = 3600.0
-"""Seconds after which an answer is no longer waited for."""
+LONGEST, LOOK = 3600.0, 30.0
+"""Seconds after which an answer is no longer waited for; and whether anyone is there at all."""
 
 
 class Served:
@@ -38,14 +40,17 @@ class Served:
     Args:
         url: where it listens, "http://127.0.0.1:8000".
     Raises:
-        ModelError: nothing answers there, or it asks for a key that it is not given.
+        ModelError: nothing answers there, something that is no vLLM does, or it asks for a key that it is not given.
     """
 
     def __init__(self, url: str) -> None:
         self._url, self._adapter = url.rstrip("/"), ""
+        self._own = f"kilter-{secrets.token_hex(4)}"  # a process that was killed may have left adapters there
         # A proxy of the environment is for the web, not for a server of one's own.
         self._http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        self._call("/v1/models")
+        told = self._call("/v1/models")
+        if not (isinstance(told, dict) and told.get("data")):
+            raise ModelError(f"what answers at {self._url} lists no model, so it is no vLLM; start one by {COMMAND}")
 
     def load(self, folder: Path) -> None:
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
@@ -53,7 +58,7 @@ class Served:
 
     def adapt(self, folder: Path, number: int) -> None:
         """By a name of its own, or the server would take keys and values of the last adapter for this one's."""
-        before, self._adapter = self._adapter, f"kilter-{os.getpid()}-{number}"
+        before, self._adapter = self._adapter, f"{self._own}-{number}"
         if before:
             self._call("/v1/unload_lora_adapter", {"lora_name": before})
         self._call("/v1/load_lora_adapter", {"lora_name": self._adapter, "lora_path": str(folder)})
@@ -65,8 +70,12 @@ class Served:
                 "sampling_params": numbers(sampling, stop_ids, request.seed),
                 **({"model": self._adapter} if self._adapter else {}),
             }
-            (choice,) = self._call("/inference/v1/generate", asked)["choices"]
-            return Answer(choice["token_ids"], [one["logprob"] for one in choice["logprobs"]["content"]])
+            told = self._call("/inference/v1/generate", asked)
+            try:
+                (choice,) = told["choices"]
+                return Answer(choice["token_ids"], [one["logprob"] for one in choice["logprobs"]["content"]])
+            except (KeyError, TypeError, ValueError) as err:
+                raise ModelError(f"{self._url} draws no answer that can be read; vLLM 0.32's can") from err
 
         with ThreadPoolExecutor(min(AT_ONCE, max(1, len(requests)))) as threads:
             return list(threads.map(ask, requests))
@@ -75,7 +84,7 @@ class Served:
         """What the server says; None: nothing in JSON.
 
         Args:
-            body: sent by POST; None: asked by GET.
+            body: sent by POST; None: asked by GET, and soon answered.
         """
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
@@ -83,12 +92,14 @@ class Served:
         sent = None if body is None else json.dumps(body).encode()
         try:
             asked = urllib.request.Request(self._url + path, sent, headers)
-            with self._http.open(asked, timeout=LONGEST) as answer:
+            with self._http.open(asked, timeout=LOOK if body is None else LONGEST) as answer:
                 told = answer.read()
         except urllib.error.HTTPError as err:
             raise ModelError(f"{self._url}{path} says {err.code}: {_remedy(err)}") from err
-        except OSError as err:
-            raise ModelError(f"no vLLM answers at {self._url} ({err}); start it there by {COMMAND}") from err
+        except (OSError, http.client.HTTPException, ValueError) as err:  # nobody, no HTTP, or no address
+            raise ModelError(
+                f"no vLLM answers at {self._url} ({one_line(str(err))}); start it there by {COMMAND}"
+            ) from err
         try:
             return json.loads(told)
         except ValueError:  # some answers are a sentence
