@@ -31,6 +31,7 @@ HEALTHY = {
     "rollout/value_explained": 0.4,
     "rollout/passing": 1.0,
     "policy/clip_fraction": 0.1,
+    "policy/extreme_fraction": 0.001,
 }
 
 
@@ -69,6 +70,7 @@ SHOWN: dict[str, tuple[dict[str, float], float]] = {
     "narrow": ({"rollout/distinct": 0.1}, 3.0),
     "reward_falls": ({"rollout/score": -1.0}, 1 / math.hypot(0.1, 0.1)),
     "clipped": ({"policy/clip_fraction": 0.6}, 0.6),
+    "extreme": ({"policy/extreme_fraction": 0.3}, 0.3),
     "failing": ({"rollout/passing": -0.1}, 1.1),
 }
 

@@ -67,6 +67,7 @@ def test_ppo_by_hand() -> None:
     got = figures(out)
     assert got["policy/clip_fraction"] == pytest.approx(2 / 3)
     assert got["policy/clamp_fraction"] == pytest.approx(1 / 3)
+    assert got["policy/extreme_fraction"] == pytest.approx(1 / 3)  # the halved one moved by less than a factor of e
     assert got["policy/surprisal"] == pytest.approx(-sum(new) / 3)
     assert got["advantages/mean"] == pytest.approx(-3.5 / 3)
     assert got["values/mean"] == pytest.approx(1.9 / 3)

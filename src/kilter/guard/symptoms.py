@@ -387,6 +387,18 @@ def clipped(rows: Rows) -> float | None:
 
 
 @symptom(
+    "extreme",
+    "{value:.1%} of the tokens have become more than e times as likely or as unlikely on one rollout",
+    threshold=0.03,
+    causes=["optim.learning_rate is too high", "too many epochs on one rollout", "nothing is paid for KL"],
+    remedies=["lower optim.learning_rate", "lower policy.epochs, or set policy.target_kl", "raise policy.kl_coef"],
+)
+def extreme(rows: Rows) -> float | None:
+    """Mean share of tokens, over the steps on the last rollout, whose ratio is above e or below 1/e."""
+    return _now(rows, "policy/extreme_fraction")
+
+
+@symptom(
     "critic",
     "the critic explains {value:.2f} less than nothing of the returns",
     threshold=0.2,

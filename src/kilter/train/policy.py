@@ -34,6 +34,10 @@ PolicyLoss = Literal["ppo_clip", "gspo", "response_clip", "cispo", "reinforce"]
 Aggregate = Literal["token", "sequence", "constant"]
 
 
+EXTREME = 1.0
+"""Nats by which a token's log-prob may move on one rollout before its ratio counts as extreme: a factor of e."""
+
+
 class _Clip(TypedDict, total=False):
     clip_range: float
     clip_range_high: float | None
@@ -167,6 +171,7 @@ class PolicyGradient:
             metrics: dict[str, tuple[Tensor, Tensor | float]] = {
                 "policy/approx_kl": mean_of(kl_k3(old_logprobs, logprobs)),
                 "policy/ratio": mean_of(log_ratio.exp()),
+                "policy/extreme_fraction": mean_of(log_ratio.abs() > EXTREME),
                 "policy/clamp_fraction": (num_clamped, float(log_ratio.numel())),
                 "policy/surprisal": mean_of(-logprobs),
                 "advantages/mean": mean_of(advantages),
