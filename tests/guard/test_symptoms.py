@@ -85,7 +85,7 @@ def test_shows_at_the_value_worked_out_by_hand(name: str) -> None:
     start = SYMPTOMS[name].start
     rows = [row | figures if (at == 0 if start else at >= 2) else row for at, row in enumerate(healthy(8))]
     found = {alarm.symptom: alarm for alarm in looked_back(rows)}
-    assert name in found
+    assert name in found and found.keys().isdisjoint({"canary"} - {name})
     assert found[name].value == pytest.approx(value, rel=1e-4)
     later = 4 if name == "probe_falls" else 1 + SYMPTOMS[name].lasting  # of four rollouts it makes three means
     assert found[name].rollout == (0 if start else later)
@@ -95,10 +95,27 @@ def test_shows_at_the_value_worked_out_by_hand(name: str) -> None:
 def test_frozen_and_critic_take_their_time() -> None:
     still = [HEALTHY for _ in range(12)]
     assert [(one.symptom, one.rollout) for one in looked_back(still)] == [("frozen", 8)]
-    moved = [HEALTHY | {"rollout/score": 0.5 * (at > 3)} for at in range(12)]
+    moved = [HEALTHY | {"rollout/score": 2.0 + 0.5 * (at > 3)} for at in range(12)]
     assert looked_back(moved) == []
+    assert looked_back([HEALTHY | {"rollout/kl_k1": 0.2} for _ in range(12)]) == []  # two hundredths of a nat a token
     lost = [row | {"rollout/value_explained": -0.5} for row in healthy(20)]
     assert [(one.symptom, one.rollout, one.value) for one in looked_back(lost)] == [("critic", 13, 0.5)]
+    late = [row | {"rollout/value_explained": 0.4 if at < 8 else -0.5} for at, row in enumerate(healthy(20))]
+    (alarm,) = looked_back(late)  # from the twelfth on four or five of the five are lost
+    assert (alarm.symptom, alarm.rollout, alarm.value) == ("critic", 15, 0.5)
+
+
+def test_what_is_told_before_the_first_update() -> None:
+    assert {name for name, one in SYMPTOMS.items() if one.start} == {"no_signal", "never_ends", "against_probe"}
+    assert {name for name, one in SYMPTOMS.items() if one.refused} == {"no_signal", "against_probe"}
+
+
+def test_a_correlation_with_the_probe_needs_ten_answers_and_may_be_whole() -> None:
+    row = HEALTHY | {"rollout/probe_correlation": -0.9}
+    assert looked_back([row | {"rollout/samples": 9.0}]) == []
+    assert [one.value for one in looked_back([row | {"rollout/samples": 10.0}])] == [math.atanh(0.9) * math.sqrt(7)]
+    (alarm,) = looked_back([HEALTHY | {"rollout/probe_correlation": -1.0}])
+    assert alarm.symptom == "against_probe" and alarm.value == pytest.approx(7.254329 * math.sqrt(97))
 
 
 def test_a_canary_is_held_against_its_first_asking_and_named() -> None:
@@ -121,6 +138,25 @@ def test_figures_that_are_not_there_show_nothing() -> None:
     assert looked_back([{} for _ in range(12)]) == []
     few = {"rollout/score": 1.0, "rollout/length": 3.0}
     assert looked_back([few] * 12) == []
+    for missing in HEALTHY:  # in the first rollout alone, and in all but the first
+        rest = {name: value for name, value in HEALTHY.items() if name != missing}
+        for rows in ([rest, *healthy(4)], [HEALTHY, rest, rest, rest]):
+            if missing != "rollout/score":  # a rollout without it would have no other figure of scores either
+                assert looked_back(rows) == [], missing
+
+
+def test_a_probe_that_falls_with_the_reward_shows_nothing() -> None:
+    def ends_at(score: float) -> list[dict[str, float]]:
+        """Healthy for three rollouts."""
+        last = {"rollout/score": score, "rollout/probe": 0.0}
+        return [row | (last if at > 2 else {}) for at, row in enumerate(healthy(8))]
+
+    assert looked_back(ends_at(-0.2)) == []
+    errors = (0.03, 0.03, 0.04, 0.03, 0.01, 0.02, 0.02, 0.02)  # the best two ended at the third, the last at the sixth
+    told = [row | {"rollout/probe_sem": error} for row, error in zip(ends_at(2.0), errors, strict=True)]
+    (alarm,) = looked_back(told)
+    assert (alarm.symptom, alarm.rollout) == ("probe_falls", 5)
+    assert alarm.value == pytest.approx(0.23 / math.hypot(0.03, 0.02) * math.sqrt(2))
 
 
 def test_a_single_rollout_above_is_suspected_and_shown_only_when_it_lasts() -> None:

@@ -42,14 +42,16 @@ def test_correlation_is_pearsons_and_0_where_nothing_varies() -> None:
     top = sum((a - mean_one) * (b - mean_other) for a, b in zip(one, other, strict=True))
     below = math.sqrt(sum((a - mean_one) ** 2 for a in one) * sum((b - mean_other) ** 2 for b in other))
     assert correlation(one, other) == pytest.approx(top / below)
+    assert correlation([1.0, 2.0], [5.0, 3.0]) == pytest.approx(-1.0)
     assert correlation([1.0, 1.0], [1.0, 2.0]) == 0.0 == correlation([1.0], [2.0])
 
 
 def test_figures_of_a_rollout() -> None:
-    answers = [["a b c", "a b c"], ["a", "a b c d"]]
-    found = text_figures(answers, [[1.0, 1.0], [0.0, 2.0]])
-    assert found["same"] == 0.5 and found["tied"] == 0.5 and found["repeats"] == 0.0
-    assert found["score_std"] == pytest.approx(math.sqrt(0.5))
-    assert found["length_pays"] == pytest.approx(correlation([1, 1, 0, 2], [3, 3, 1, 4]))
+    answers = [["a b c", "a b c"], ["a", "a b c d"], ["a", "b"], ["a", "b", "c"], ["a"]]
+    found = text_figures(answers, [[1.0, 1.0], [2.0, 2.0], [1.0, 1.0], [1.0, 1.0, 2.0], [1.0]])
+    assert found["same"] == 0.25 and found["tied"] == 0.75 and found["repeats"] == 0.0
+    assert found["score_std"] == pytest.approx(math.sqrt(19 / 10 - 1.3**2))
+    words = [3, 3, 1, 4, 1, 1, 1, 1, 1, 1]
+    assert found["length_pays"] == pytest.approx(correlation([1, 1, 2, 2, 1, 1, 1, 1, 2, 1], words))
     alone = text_figures([["a"], ["b"]], [[1.0], [2.0]])
     assert "same" not in alone and "tied" not in alone

@@ -29,11 +29,11 @@ class Symptom:
     """In words, with {value} and {threshold}, and {phrase} of a symptom of phrases or of names."""
     causes: tuple[str, ...]
     remedies: tuple[str, ...]
-    lasting: int = 2
+    lasting: int
     """Rollouts in a row."""
-    start: bool = False
+    start: bool
     """Of the first rollout alone, before anything was learned."""
-    refused: bool = False
+    refused: bool
     """A run that shows it at the start is refused."""
 
 
