@@ -20,6 +20,11 @@ class Refusing(BaseHTTPRequestHandler):
     """Is there, lacks what is offered only when asked for, and finds fault with the rest."""
 
     def do_GET(self) -> None:
+        if self.path.startswith("/moved"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/moved"))
+            self.end_headers()
+            return
         self._say(200, b"{}" if self.path.startswith("/other") else b'{"data": [{"id": "model"}]}')
 
     def do_POST(self) -> None:
@@ -93,6 +98,11 @@ def test_a_server_that_was_not_told_to_take_weights(refusing: str) -> None:
 def test_what_a_server_finds_fault_with_is_shown_on_one_line(refusing: str) -> None:
     with pytest.raises(ModelError, match=r"/v1/load_lora_adapter says 400: rank 8⟨U\+001B⟩ is too large$"):
         Served(refusing).adapt(Path("adapter"), 1)
+
+
+def test_another_address_is_named_and_not_followed_with_the_key(refusing: str) -> None:
+    with pytest.raises(ModelError, match=r"/moved/v1/models says 302: it sends on to /v1/models; give that address as"):
+        Served(f"{refusing}/moved")
 
 
 def test_a_proxy_of_the_environment_is_not_asked(refusing: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,13 @@ LONGEST, LOOK = 3600.0, 30.0
 """Seconds after which an answer is no longer waited for; and whether anyone is there at all."""
 
 
+class _Staying(urllib.request.HTTPRedirectHandler):
+    """Follows nobody to another address: the key is for this one, and what was posted would be asked there by GET."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
 class Served:
     """vLLM's server for one model.
 
@@ -47,7 +54,7 @@ class Served:
         self._url, self._adapter = url.rstrip("/"), ""
         self._own = f"kilter-{secrets.token_hex(4)}"  # a process that was killed may have left adapters there
         # A proxy of the environment is for the web, not for a server of one's own.
-        self._http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._http = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Staying)
         told = self._call("/v1/models")
         if not (isinstance(told, dict) and told.get("data")):
             raise ModelError(f"what answers at {self._url} lists no model, so it is no vLLM; start one by {COMMAND}")
@@ -112,4 +119,6 @@ def _remedy(err: urllib.error.HTTPError) -> str:
         return f"it asks for a key; put it into the environment as {KEY}"
     if err.code == 404:
         return f"it does not offer this; start it by {COMMAND}"
+    if 300 <= err.code < 400:
+        return f"it sends on to {one_line(str(err.headers.get('Location')))}; give that address as sampler.url"
     return one_line(err.read(2000).decode(errors="replace"))
