@@ -262,7 +262,8 @@ def _row(name: str, own: Sequence[Outcome], *, wolf: bool) -> str:
     saved = sum((one.kept or 0.0) - one.last for one in fell)
     kept = f"{saved / sum(one.best - one.last for one in fell):.2f} of {len(fell)}" if fell else ""
     names = [name for one in own for name in set(one.symptoms)]
-    common = ", ".join(f"{name} {names.count(name)}" for name in sorted(set(names), key=names.count)[::-1][:4])
+    often = sorted(set(names), key=lambda name: (-names.count(name), name))
+    common = ", ".join(f"{name} {names.count(name)}" for name in often[:4])
     held = " (held back)" if name == HELD_BACK else ""
     share = f"{len(hits)}/{len(own)} ({bound})"
     return f"| {name}{held} | {len(own)} | {share} | {when} | {early} | {kept} | {common} |"
