@@ -141,8 +141,7 @@ def test_figures_that_are_not_there_show_nothing() -> None:
     for missing in HEALTHY:  # in the first rollout alone, and in all but the first
         rest = {name: value for name, value in HEALTHY.items() if name != missing}
         for rows in ([rest, *healthy(4)], [HEALTHY, rest, rest, rest]):
-            if missing != "rollout/score":  # a rollout without it would have no other figure of scores either
-                assert looked_back(rows) == [], missing
+            assert looked_back(rows) == [], missing
 
 
 def test_a_probe_that_falls_with_the_reward_shows_nothing() -> None:

@@ -72,6 +72,14 @@ def _risen(rows: Rows, name: str) -> float | None:
     return None if now is None or first is None else now - first
 
 
+def _score(rows: Rows) -> tuple[float, float, float] | None:
+    """By how much the mean score is above that of the first rollout, and the standard errors of both."""
+    rise, error = _risen(rows, "rollout/score"), "rollout/score_sem"
+    if rise is None or error not in rows[0] or error not in rows[-1]:
+        return None
+    return rise, rows[0][error], rows[-1][error]
+
+
 def _ratio(now: float | None, first: float | None) -> float | None:
     """log2; None where it says nothing."""
     return None if not now or not first or now < 0 or first < 0 else math.log2(now / first)
@@ -140,7 +148,7 @@ def against_probe(rows: Rows) -> float | None:
 )
 def probe_falls(rows: Rows) -> float | None:
     """Fall of the probe's mean over two rollouts from the best such mean, in errors; 0 where the reward fell too."""
-    told = [row for row in rows if "rollout/probe" in row]
+    told = [row for row in rows if row.keys() >= {"rollout/probe", "rollout/score"}]
     if len(told) < 4:
         return None
     means = [(one["rollout/probe"] + two["rollout/probe"]) / 2 for one, two in pairwise(told)]
@@ -311,13 +319,11 @@ def kl_explodes(rows: Rows) -> float | None:
 )
 def frozen(rows: Rows) -> float | None:
     """Rollouts that were learned from, where neither KL (a hundredth of a nat a token) nor reward (3 errors) moved."""
-    first, now = rows[0], rows[-1]
-    kl = _kl(now)
-    if kl is None or "rollout/score_sem" not in first or "rollout/score_sem" not in now:
+    kl, score = _kl(rows[-1]), _score(rows)
+    if kl is None or score is None:
         return None
-    errors = math.hypot(first["rollout/score_sem"], now["rollout/score_sem"])
-    moved = abs(now["rollout/score"] - first["rollout/score"]) > 3 * errors
-    return 0.0 if moved or kl > 0.01 else float(len(rows) - 1)
+    rise, *errors = score
+    return 0.0 if abs(rise) > 3 * math.hypot(*errors) or kl > 0.01 else float(len(rows) - 1)
 
 
 @symptom(
@@ -367,11 +373,8 @@ def narrow(rows: Rows) -> float | None:
 )
 def reward_falls(rows: Rows) -> float | None:
     """Fall of the mean score below that of the first rollout, in standard errors."""
-    first, now = rows[0], rows[-1]
-    if len(rows) < 2 or not (first.get("rollout/score_sem") and now.get("rollout/score_sem")):
-        return None
-    errors = math.hypot(first["rollout/score_sem"], now["rollout/score_sem"])
-    return (first["rollout/score"] - now["rollout/score"]) / errors
+    rise, *errors = _score(rows) or (0.0, 0.0)
+    return -rise / math.hypot(*errors) if all(errors) else None
 
 
 @symptom(
