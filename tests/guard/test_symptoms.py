@@ -28,6 +28,7 @@ HEALTHY = {
     "rollout/probe": 0.2,
     "rollout/probe_sem": 0.02,
     "rollout/probe_correlation": 0.5,
+    "rollout/probe_samples": 100.0,
     "rollout/value_explained": 0.4,
     "rollout/passing": 1.0,
     "policy/clip_fraction": 0.1,
@@ -54,6 +55,7 @@ def healthy(rollouts: int) -> list[dict[str, float]]:
 # What is different from a healthy run from the third rollout on (of `start` symptoms: in the first), and its value.
 SHOWN: dict[str, tuple[dict[str, float], float]] = {
     "no_signal": ({"rollout/score_std": 0.0}, 1.0),
+    "scale": ({"rollout/paid_score_sem": 2.0}, math.log10(20)),
     "never_ends": ({"rollout/truncated": 0.99}, 0.99),
     "against_probe": ({"rollout/probe_correlation": -0.5}, 0.549306 * math.sqrt(97)),
     "probe_falls": ({"rollout/score": 2.0, "rollout/probe": 0.0}, (0.21 - 0.0) / 0.02),
@@ -67,6 +69,7 @@ SHOWN: dict[str, tuple[dict[str, float], float]] = {
     "kl_explodes": ({"rollout/kl_k1": 12.0, "rollout/length": 10.0, "rollout/entropy": 0.1}, 1.2),
     "price": ({"rollout/kl_coef": 5.0, "rollout/kl_k1_sem": 0.6, "rollout/paid_score_sem": 0.2}, 15.0),
     "collapse": ({"rollout/same": 0.9}, 0.9),
+    "entropy": ({"rollout/entropy": 0.2}, math.log2(5)),
     "narrow": ({"rollout/distinct": 0.1}, 3.0),
     "reward_falls": ({"rollout/score": -1.0}, 1 / math.hypot(0.1, 0.1)),
     "clipped": ({"policy/clip_fraction": 0.6}, 0.6),
@@ -106,16 +109,31 @@ def test_frozen_and_critic_take_their_time() -> None:
 
 
 def test_what_is_told_before_the_first_update() -> None:
-    assert {name for name, one in SYMPTOMS.items() if one.start} == {"no_signal", "never_ends", "against_probe"}
+    started = {"no_signal", "scale", "never_ends", "against_probe"}
+    assert {name for name, one in SYMPTOMS.items() if one.start} == started
     assert {name for name, one in SYMPTOMS.items() if one.refused} == {"no_signal", "against_probe"}
 
 
 def test_a_correlation_with_the_probe_needs_ten_answers_and_may_be_whole() -> None:
     row = HEALTHY | {"rollout/probe_correlation": -0.9}
-    assert looked_back([row | {"rollout/samples": 9.0}]) == []
-    assert [one.value for one in looked_back([row | {"rollout/samples": 10.0}])] == [math.atanh(0.9) * math.sqrt(7)]
+    assert looked_back([row | {"rollout/probe_samples": 9.0}]) == []
+    told = looked_back([row | {"rollout/probe_samples": 10.0}])
+    assert [one.value for one in told] == [math.atanh(0.9) * math.sqrt(7)]
     (alarm,) = looked_back([HEALTHY | {"rollout/probe_correlation": -1.0}])
     assert alarm.symptom == "against_probe" and alarm.value == pytest.approx(7.254329 * math.sqrt(97))
+
+
+@pytest.mark.parametrize(("sem", "seen"), [(0.011, False), (0.009, True), (0.99, False), (1.01, True), (0.0, False)])
+def test_rewards_ten_times_too_small_or_too_large_are_told_at_the_start(sem: float, seen: bool) -> None:
+    """Standard errors over 100 answers; of rewards that are all alike `no_signal` tells."""
+    (first, *later) = healthy(3)
+    told = looked_back([first | {"rollout/paid_score_sem": sem}, *later])
+    assert ["scale" in alarm.symptom for alarm in told] == [True] * seen
+
+
+def test_an_entropy_that_rounds_to_nothing_is_one_that_fell() -> None:
+    rows = healthy(2) + [HEALTHY | {"rollout/entropy": 0.0, "rollout/score": 0.3} for _ in range(2)]
+    assert "entropy" in {alarm.symptom for alarm in looked_back(rows)}
 
 
 def test_a_canary_is_held_against_its_first_asking_and_named() -> None:

@@ -132,6 +132,17 @@ def test_the_budget_by_hand() -> None:
     assert example.kl_coef == pytest.approx(0.12)
 
 
+def test_the_guard_raises_the_budgets_least_price_for_good() -> None:
+    budget = KlBudget(0.1, 6.0, 8, learned=1)
+    budget.raise_by(1.5)
+    assert budget.kl_coef == pytest.approx(0.15)
+    budget.update(0.1)  # far behind its time, which alone would bring it down
+    assert budget.kl_coef == pytest.approx(0.15)
+    other = KlBudget(0.1, 6.0, 8)
+    other.load_state_dict(budget.state_dict())
+    assert other == budget
+
+
 def test_the_budget_goes_on_where_it_was() -> None:
     whole, other = KlBudget(0.1, 6.0, 8), KlBudget(0.1, 6.0, 8)
     for kl in (0.0, 2.0, 4.0):

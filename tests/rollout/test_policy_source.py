@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from kilter.models.sampling import Sampling
 from kilter.models.trunk import Trunk
 from kilter.records import Message, Prompt, Sample, Score
 from kilter.rollout import PolicySource, Rollout
-from kilter.rollout.policy import CriticFirst
+from kilter.rollout.policy import Steered
 from kilter.rollout.reward import KlBudget
 from kilter.rollout.source import Scored, Verdict
 from kilter.train.checkpoint import CheckpointStore
@@ -108,7 +109,7 @@ def test_every_number_equals_a_slow_rederivation(make_trunk: Make, make_source: 
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / (len(scores) - 1))
     expected: dict[tuple[int, ...], dict[str, list[float]]] = {}
     everything: list[float] = []
-    k1, k3, exact, earned = [], [], [], []
+    k1, k2, k3, exact, earned = [], [], [], [], []
     for rollout, score in zip(rollouts, scores, strict=True):
         prompt, ids = rollout.completion.prompt, rollout.completion.ids
         logprobs, ref_logprobs = (slow_logprobs(trunk, role, prompt, ids) for role in ("policy", "reference"))
@@ -125,6 +126,7 @@ def test_every_number_equals_a_slow_rederivation(make_trunk: Make, make_source: 
         ratios = [other - one for one, other in zip(logprobs, ref_logprobs, strict=True)]
         k1.append(-sum(ratios))
         exact.append(slow_kl(trunk, prompt, ids))
+        k2.append(sum(ratio**2 / 2 for ratio in ratios))
         k3.append(sum(math.exp(ratio) - 1 - ratio for ratio in ratios))
         returns = [advantage + value for advantage, value in zip(advantages, values, strict=True)]
         expected[ids] = {"old_logprobs": logprobs, "old_values": values, "advantages": advantages, "returns": returns}
@@ -142,6 +144,8 @@ def test_every_number_equals_a_slow_rederivation(make_trunk: Make, make_source: 
     figures = source.figures
     assert figures["rollout/kl_k1"] == pytest.approx(sum(k1) / 16, abs=1e-5)
     assert figures["rollout/kl_k3"] == pytest.approx(sum(k3) / 16, abs=1e-5)
+    assert figures["rollout/kl_k2"] == pytest.approx(sum(k2) / 16, abs=1e-5)
+    assert figures["rollout/kl_k2_sem"] == pytest.approx(statistics.stdev(k2) / 4, abs=1e-5)
     assert figures["rollout/kl_exact"] == pytest.approx(statistics.fmean(exact), abs=1e-5)
     assert figures["rollout/kl_exact_sem"] == pytest.approx(statistics.stdev(exact) / 4, abs=1e-5)
     assert figures["rollout/reward"] == pytest.approx(figures["rollout/paid_score"] - 0.3 * sum(k1) / 16, abs=1e-5)
@@ -381,7 +385,7 @@ def test_while_the_critic_warms_up_the_policy_stays_to_the_bit(kind: str, make_t
     """Weight decay and all: no weight and no moment of the policy moves, then both learn."""
     trunk = make_trunk(kind)
     source = make_source(trunk, ppo={"critic_warmup": 2, "kl_controller": "adaptive"})
-    objective = CriticFirst(OBJECTIVE, source)
+    objective = Steered(OBJECTIVE, source)
     optimizer = make_optimizer(trunk, objective.roles, learning_rate=5e-3, weight_decay=0.1)
     state, rows = TrainState(trunk, optimizer), []
     policy, value = trunk.parameters_of("policy"), trunk.parameters_of("value")
@@ -404,7 +408,7 @@ def test_a_run_killed_while_its_critic_warms_up_goes_on(
     def run(folder: Path, steps: int, seed: int) -> dict[str, torch.Tensor]:
         trunk = make_trunk()
         source = make_source(trunk, seed=seed, ppo={"critic_warmup": 1})
-        objective = CriticFirst(OBJECTIVE, source)
+        objective = Steered(OBJECTIVE, source)
         fit(train_state(trunk), objective, source, steps=steps, checkpoints=CheckpointStore(folder))
         return dict(trunk.state_dict())
 
@@ -537,6 +541,20 @@ def test_a_judge_raises_the_price_of_kl(make_trunk: Make, make_source: Make) -> 
     source = make_source(make_trunk(), config=config, judge=lambda answers, figures: Verdict(raise_kl=2.0))
     source.next_step()
     assert source.figures["rollout/kl_coef"] == 0.1 and source.controller.kl_coef == 0.2
+
+
+def test_a_judge_raises_the_price_of_a_kl_in_the_loss(make_trunk: Make, make_source: Make) -> None:
+    """Of the very rollout that showed it: what the step minimises is what the objective with that price says."""
+    config = PolicyConfig(kl_coef=0.1, kl_in="loss", kl_controller="fixed")
+    trunk = make_trunk()
+    source = make_source(trunk, config=config, judge=lambda answers, figures: Verdict(raise_kl=3.0))
+    batch, *_ = source.next_step()
+    with torch.no_grad():  # away from the reference, so that there is a KL
+        for one in trunk.parameters_of("policy"):
+            one.add_(torch.randn(one.shape, generator=torch.Generator().manual_seed(0)), alpha=0.05)
+    told = Steered(replace(OBJECTIVE, kl_coef=0.1), source)(trunk, batch).terms["kl"][0]
+    expected = replace(OBJECTIVE, kl_coef=0.1 * 3)(trunk, batch).terms["kl"][0]
+    assert expected > 0 and torch.equal(told, expected)
 
 
 def test_the_default_config_runs(make_trunk: Make, make_source: Make) -> None:

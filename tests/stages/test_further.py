@@ -116,7 +116,7 @@ def test_a_dry_run_counts_further_reward_models(tmp_path: Path) -> None:
     also = [{"reward": str(with_model), "weight": 1}, {"reward": BASE, "weight": 1, "name": "f"}]
     alone, more = (plan(parse({"stages": {"a": rl(also=given)}}, "r")) for given in ([], also))
     assert "further" not in alone
-    assert "reward; 1 further reward model, as large as the policy: " in more
+    assert "; 1 further reward model, as large as the policy: " in more
     figures = [
         float(text.split("resident in this stage: ")[1].split(" GiB")[0].split(": ")[-1]) for text in (alone, more)
     ]

@@ -32,8 +32,9 @@ def passes(prompt: Prompt, text: str) -> bool:
 
 
 def probe(samples: Sequence[Sample]) -> list[Score]:
-    """The number at the end of the text."""
-    return [Score(float(sample.text.split()[-1])) for sample in samples]
+    """The number at the end of the text; of none, nothing is said."""
+    ends = [sample.text.split()[-1] for sample in samples]
+    return [Score(None, reason="no number") if end == "none" else Score(float(end)) for end in ends]
 
 
 class Said:
@@ -144,8 +145,17 @@ def test_what_shows_before_the_first_update_is_refused(tmp_path: Path) -> None:
     turned = [f"good {score}" for score in range(20)]
     with pytest.raises(CheckError, match="against_probe: reward and probe disagree"):
         guard(tmp_path, torch.zeros(1), probe="test_guard:probe")(
-            answers(turned, [-float(score) for score in range(20)]), {"rollout/samples": 20.0}
+            answers(turned, [-float(score) for score in range(20)]), {}
         )
+
+
+def test_a_probe_that_scores_too_few_answers_refuses_nothing(tmp_path: Path) -> None:
+    """Of 200 answers it scores four, and those the other way round than the reward."""
+    texts = [f"good {score}" if score < 4 else "good none" for score in range(200)]
+    figures = {"rollout/samples": 200.0}
+    judge = guard(tmp_path, torch.zeros(1), probe="test_guard:probe")
+    assert judge(answers(texts, [-float(score) for score in range(200)]), figures) == Verdict()
+    assert figures["rollout/probe_samples"] == 4 and figures["rollout/probe_correlation"] == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -168,20 +178,29 @@ def test_goes_on_after_a_kill_where_it_was(tmp_path: Path, bad: int) -> None:
 def test_prompts_that_the_reward_model_learned_from_are_counted(tmp_path: Path) -> None:
     told = Said(tmp_path)
     prompts = [PROMPT, Prompt(prompt=(Message("user", "Another"),))]
-    assert seen_by_reward(told, str(tmp_path), prompts) is None  # type: ignore[arg-type]
-    assert seen_by_reward(told, "rules.yaml", prompts) is None  # type: ignore[arg-type]
+    (tmp_path / "rules.yaml").write_text(f"rules: [{{model: '{tmp_path}'}}, {{rule: number, key: value}}]")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "other").mkdir()
+    folder, sheet, other = (str(tmp_path / name) for name in (".", "rules.yaml", "other"))
+    nothing = [folder, sheet, other, "kilter.world:truth"]
+    assert seen_by_reward(told, nothing, prompts) is None  # type: ignore[arg-type]
     (tmp_path / TRAINED_ON).write_text(json.dumps({"prompt_id": prompt_id(PROMPT.prompt)}) + "\n")
-    assert seen_by_reward(told, str(tmp_path), prompts[1:]) == 0.0 and not told.lines  # type: ignore[arg-type]
-    assert seen_by_reward(told, str(tmp_path), prompts) == 0.5  # type: ignore[arg-type]
-    assert len(told.lines) == 1 and "50% of the prompts are among those" in told.lines[0]
+    assert seen_by_reward(told, [folder], prompts[1:]) == 0.0 and not told.lines  # type: ignore[arg-type]
+    assert seen_by_reward(told, [other], prompts) is None  # type: ignore[arg-type]
+    for rewards in ([folder], [sheet], ["kilter.world:truth", folder]):
+        told.lines.clear()
+        assert seen_by_reward(told, rewards, prompts) == 0.5  # type: ignore[arg-type]
+        assert len(told.lines) == 1 and "50% of the prompts are among those" in told.lines[0]
+    (tmp_path / "other" / TRAINED_ON).write_text(json.dumps({"prompt_id": prompt_id(prompts[1].prompt)}) + "\n")
+    assert seen_by_reward(told, [folder, other], prompts) == 1.0  # type: ignore[arg-type]
 
 
 def test_refuses_before_any_work_what_it_could_not_do() -> None:
     price = PolicyConfig(kl_coef=0.1, kl_in="reward")
     check_guard(GuardConfig(action="raise_kl"), price)
-    for policy in (changed(price, kl_coef=0.0), changed(price, kl_in="loss")):
-        with pytest.raises(ConfigError, match="only a price above 0 in the reward is raised"):
-            check_guard(GuardConfig(actions={"longer": "raise_kl"}), policy)
+    check_guard(GuardConfig(action="raise_kl"), changed(price, kl_in="loss"))
+    with pytest.raises(ConfigError, match=r"policy\.kl_coef is 0, which no factor raises"):
+        check_guard(GuardConfig(actions={"longer": "raise_kl"}), changed(price, kl_coef=0.0))
     with pytest.raises(ConfigError, match=r"guard.thresholds names 'lonfer'; did you mean 'longer'"):
         check_guard(GuardConfig(thresholds={"lonfer": 1.0}), price)
     with pytest.raises(ConfigError, match="give both, or neither"):

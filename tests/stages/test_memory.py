@@ -41,11 +41,13 @@ def folder(tmp_path: Path) -> Path:
     """A configuration, without weights or tokenizer."""
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama/config.json").write_text(json.dumps(LLAMA_8B))
+    (tmp_path / "rules.yaml").write_text("rules: [{rule: number, key: value}]")
     return tmp_path / "llama"
 
 
 def said(folder: Path, memory: float = 24, **change: Any) -> str:
-    stage = {"stage": "rl", "model": str(folder), "reward": "rules.yaml", "prompts": "prompts.jsonl", **change}
+    rules = str(folder.parent / "rules.yaml")
+    stage = {"stage": "rl", "model": str(folder), "reward": rules, "prompts": "prompts.jsonl", **change}
     return plan(parse({"stages": {"rl": stage}}, ""), memory)
 
 
@@ -93,6 +95,40 @@ def test_a_rule_in_place_of_the_reward_model_and_an_adapter_fit_a_24_gb_card(fol
     steps = [line for line in text.splitlines() if "GiB less" in line]
     assert "lora.rank 16" in steps[0] and "precision.base nf4" in steps[1]
     assert float(steps[-1].split("less, ")[1].split(" in all")[0]) <= 24 and "even so" not in text
+
+
+def test_what_a_guard_a_sheet_and_an_engine_hold_is_counted(folder: Path) -> None:
+    """Reward models wherever they are named; the copy that is put back; vLLM's share of a GPU."""
+    parameters, lora = LINEAR + EMBEDDINGS, {"rank": 16}
+    plain = said(folder, precision=GPU)
+    assert "three models: policy, reference, value: " in plain and "further" not in plain and "guard keeps" not in plain
+    sheet = folder.parent / "with_model.yaml"
+    sheet.write_text(f"rules: [{{model: '{folder}'}}, {{rule: number, key: value}}]")
+    canary = {"prompts": "p.jsonl", "reward": str(folder)}
+    watched = {"action": "warn", "actions": {"longer": "roll_back"}, "probe": str(folder), "canaries": [canary]}
+    text = said(folder, reward=str(sheet), guard=watched, lora=lora, precision=GPU)
+    assert gib_of(text, "further reward models, 3, frozen") == pytest.approx(3 * 4 * parameters / GIB, abs=2e-3)
+    assert gib_of(text, "copy of the policy that the guard keeps") == pytest.approx(4 * ADAPTER / GIB, abs=6e-4)
+    assert "one model: policy, reference and value on one; 3 further reward models" in text
+    whole = said(folder, guard={"action": "stop"}, precision=GPU)
+    assert gib_of(whole, "copy of the policy that the guard keeps") == pytest.approx(4 * parameters / GIB, abs=6e-4)
+    engine = said(folder, sampler={"engine": "vllm", "memory": 0.25}, algorithm="grpo", lora=lora, precision=GPU)
+    assert gib_of(engine, "vLLM, sampler.memory 0.25 of the GPU") == 6.0 and "keys and values of" not in engine
+    beside = said(folder, sampler={"engine": "vllm", "url": "http://127.0.0.1:1"}, algorithm="grpo", precision=GPU)
+    assert "vLLM" not in beside.split("stage rl")[1]
+
+
+def test_a_cpu_holds_keys_and_values_in_float32_whatever_it_computes_in(folder: Path) -> None:
+    """A token of this shape is 2 x 32 layers x 8 heads x 128 numbers."""
+    sampling = {"batch_size": 16, "max_new_tokens": 64}
+    sizes = []
+    for device in ("cpu", "cuda"):
+        precision = {"compute": "bfloat16", "device": device}
+        optim = {"batch_tokens": 16, "max_tokens": 1024}
+        text = said(folder, algorithm="rloo", num_samples=4, sampling=sampling, optim=optim, precision=precision)
+        sizes.append(gib_of(text, "keys and values of 16 answers"))
+    tokens = 16 * 64 + 4 * (1024 - 64)
+    assert sizes == pytest.approx([tokens * 2 * 32 * 8 * 128 * number / GIB for number in (4, 2)], abs=6e-4)
 
 
 def test_the_command_plans_for_another_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,13 +7,12 @@ docs/guard.md has what they find on others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any, Literal, NamedTuple
 
-from kilter.guard.symptoms import Rows
+from kilter.guard.symptoms import Rows, paid_spread
 from kilter.guard.symptoms import price as price_of_kl
 
 LEAST = 1e-9
@@ -115,9 +114,7 @@ def causes(course: Course) -> list[Named]:
 
 def _paid(course: Course) -> float | None:
     """Standard deviation of what the answers of the first rollout are paid."""
-    first = course.rows[0] if course.rows else {}
-    sem, count = first.get("rollout/paid_score_sem"), first.get("rollout/samples")
-    return None if sem is None or not count else sem * math.sqrt(count)
+    return paid_spread(course.rows[0]) if course.rows else None
 
 
 def _step(course: Course) -> float | None:

@@ -38,6 +38,8 @@ class Symptom:
 
 
 SYMPTOMS: dict[str, Symptom] = {}
+LEAST_ENTROPY = 1e-6
+"""Nats a token: log-probs of tokens that are sure round to 0."""
 
 
 def symptom(
@@ -105,6 +107,27 @@ def no_signal(rows: Rows) -> float | None:
 
 
 @symptom(
+    "scale",
+    "what the first answers are paid differs by {value:.1f} powers of ten more, or less, than the usual 1",
+    threshold=1.0,
+    causes=["the reward has a scale of its own, which the price of KL and the critic do not fit"],
+    remedies=["set policy.normalize_reward", "scale the reward, or policy.kl_coef as much"],
+    lasting=1,
+    start=True,
+)
+def scale(rows: Rows) -> float | None:
+    """Powers of ten, up or down, from 1 to the standard deviation of what the answers are paid."""
+    spread = paid_spread(rows[-1])
+    return abs(math.log10(spread)) if spread else None
+
+
+def paid_spread(row: Row) -> float | None:
+    """Standard deviation, over its answers, of what a rollout is paid before the price of KL."""
+    sem, count = row.get("rollout/paid_score_sem"), row.get("rollout/samples")
+    return None if sem is None or not count else sem * math.sqrt(count)
+
+
+@symptom(
     "never_ends",
     "{value:.0%} of the first answers met the length limit: the model does not end them",
     threshold=0.95,
@@ -130,7 +153,7 @@ def never_ends(rows: Rows) -> float | None:
 )
 def against_probe(rows: Rows) -> float | None:
     """-r sqrt(n - 3) of Fisher's z, where the probe scored enough answers."""
-    r, n = _now(rows, "rollout/probe_correlation"), _now(rows, "rollout/samples")
+    r, n = _now(rows, "rollout/probe_correlation"), _now(rows, "rollout/probe_samples")
     if r is None or n is None or n < 10:
         return None
     return -math.atanh(max(min(r, 0.999999), -0.999999)) * math.sqrt(n - 3)
@@ -349,6 +372,20 @@ def price(rows: Rows) -> float | None:
 def collapse(rows: Rows) -> float | None:
     """Share of the prompts whose answers are one text."""
     return _now(rows, "rollout/same")
+
+
+@symptom(
+    "entropy",
+    "the policy hardly chooses any more: its entropy has halved {value:.2f} times since the start",
+    threshold=2.0,
+    causes=["too many steps on one reward, no price of KL", "one way of answering pays best everywhere"],
+    remedies=["set policy.entropy_coef", "raise the price of KL", "lower optim.learning_rate"],
+)
+def entropy(rows: Rows) -> float | None:
+    """-log2 of the policy's entropy, nats a token, over that at the start."""
+    now = _now(rows, "rollout/entropy")
+    found = None if now is None else _ratio(max(now, LEAST_ENTROPY), rows[0].get("rollout/entropy"))
+    return None if found is None else -found
 
 
 @symptom(

@@ -15,6 +15,7 @@ from kilter import ops
 from kilter.config import PolicyConfig
 from kilter.data.chat import ChatEncoder
 from kilter.errors import CheckError
+from kilter.losses.policy import KL_ESTIMATORS
 from kilter.rollout.algorithms import Credit, Paid, Steps
 from kilter.rollout.collect import Rollout
 from kilter.rollout.reward import paid_rewards
@@ -202,18 +203,21 @@ def figures(
 ) -> dict[str, float]:
     """What a rollout looked like. A mean over answers has its standard error beside it, `_sem`, over `samples`.
 
-    `kl_k1`, `kl_k3` and `kl_exact` are sums over an answer's tokens and estimate one number, the KL of the policy's
-    answers to the reference's. `kl_exact` knows each position's KL and samples only which positions there are, so it
-    usually varies least (Amini et al. 2025, arXiv 2504.10637: Rao-Blackwell at each position).
+    `kl_k1`, `kl_k2`, `kl_k3` and `kl_exact` are sums over an answer's tokens and estimate one number, the KL of the
+    policy's answers to the reference's; k2 with a bias that grows with the distance. `kl_exact` knows each position's
+    KL and samples only which positions there are, so it usually varies least (Amini et al. 2025, arXiv 2504.10637:
+    Rao-Blackwell at each position).
     """
     num_responses = len(rollouts)
+    per_token = {"reward": paid.rewards}
+    for name, estimate in KL_ESTIMATORS.items():
+        per_token[f"kl_{name}"] = estimate(measured.logprobs, measured.ref_logprobs)
+    if measured.kl is not None:
+        per_token["kl_exact"] = measured.kl
     per_answer = {
         "score": torch.tensor(scores, dtype=torch.float64),
         "paid_score": paid.scores.double(),
-        "reward": ops.sum_by(paid.rewards.double(), measured.leaf, num_responses),
-        "kl_k1": ops.sum_by(ops.kl_k1(measured.logprobs, measured.ref_logprobs).double(), measured.leaf, num_responses),
-        "kl_k3": ops.sum_by(ops.kl_k3(measured.logprobs, measured.ref_logprobs).double(), measured.leaf, num_responses),
-        **({} if measured.kl is None else {"kl_exact": ops.sum_by(measured.kl.double(), measured.leaf, num_responses)}),
+        **{name: ops.sum_by(values.double(), measured.leaf, num_responses) for name, values in per_token.items()},
         "length": torch.bincount(measured.leaf, minlength=num_responses).double(),
     }
     found: dict[str, float] = {"samples": float(num_responses)}

@@ -112,6 +112,11 @@ class PolicySource(RolloutSource):
         return self.num_rollouts <= self.config.critic_warmup
 
     @property
+    def price_in_loss(self) -> float:
+        """Of a nat of KL, as a loss."""
+        return self.controller.kl_coef if self.config.kl_in == "loss" else 0.0
+
+    @property
     def _price(self) -> float:
         """Of a nat of KL, paid away from the rewards."""
         return self.controller.kl_coef if self.config.kl_in == "reward" else 0.0
@@ -221,7 +226,7 @@ class PolicySource(RolloutSource):
             )
 
     def _raise_kl(self, factor: float) -> None:
-        self.controller.kl_coef *= factor
+        self.controller.raise_by(factor)
 
     def _memory(self) -> dict[str, Any]:
         own = {"controller": self.controller.state_dict(), "several": self.several.state_dict()}
@@ -276,10 +281,11 @@ def check_numbers(name: str, config: PolicyConfig, sampling: Sampling, prompts_p
 
 
 @dataclass(frozen=True)
-class CriticFirst:
-    """The objective of a source whose first rollouts the critic alone learns from (`PolicyConfig.critic_warmup`).
+class Steered:
+    """An objective whose source says what counts in the rollout in use: the price of a KL in the loss, which a guard
+    raises, and whether the critic alone learns (`PolicyConfig.critic_warmup`).
 
-    For one process: DDP waits for gradients of all weights that may train.
+    The latter is for one process: DDP waits for gradients of all weights that may train.
     """
 
     objective: PolicyGradient
@@ -290,7 +296,8 @@ class CriticFirst:
         return self.objective.roles
 
     def __call__(self, trunk: nn.Module, batch: Batch) -> LossOutput:
-        return replace(self.objective, value_alone=self.source.warming_up)(trunk, batch)
+        now = replace(self.objective, kl_coef=self.source.price_in_loss, value_alone=self.source.warming_up)
+        return now(trunk, batch)
 
     def finish(self, means: Mapping[str, float]) -> dict[str, float]:
         return self.objective.finish(means)

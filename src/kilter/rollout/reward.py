@@ -94,6 +94,10 @@ class KlController:
     target: float | None = None
     """Nats an answer; None: fixed."""
 
+    def raise_by(self, factor: float) -> None:
+        """The guard's: multiplies the price."""
+        self.kl_coef *= factor
+
     def update(self, kl: float) -> None:
         """`kl`: mean over the answers of a rollout, nats an answer."""
         if self.target is not None:
@@ -117,9 +121,9 @@ class KlBudget:
         kl_coef = max(least, kl_coef clip(spent / s, 1 / 1.5, 1.5))            once a rollout, from t = 1 on
 
     So the price rises in proportion to how far the spending is ahead of its time, goes on rising until it is held,
-    falls where it is behind, and is never below that of the start, `least`. It aims and cannot promise. The rule is
-    ours; `KlController` lets a run spend its whole target at once, this leaves some to the end. Price 0.1, budget 6, a
-    quarter of the rollouts: a KL of 1.8 gives 0.12; of 1.5 or less 0.1.
+    falls where it is behind, and is never below `least`, that of the start or to which the guard raised it. It aims and
+    cannot promise. The rule is ours; `KlController` lets a run spend its whole target at once, this leaves some to the
+    end. Price 0.1, budget 6, a quarter of the rollouts: a KL of 1.8 gives 0.12; of 1.5 or less 0.1.
     """
 
     kl_coef: float
@@ -134,6 +138,11 @@ class KlBudget:
     def __post_init__(self) -> None:
         self.least = self.kl_coef
 
+    def raise_by(self, factor: float) -> None:
+        """The guard's: multiplies the price, which is never below that again."""
+        self.kl_coef *= factor
+        self.least = self.kl_coef
+
     def update(self, kl: float) -> None:
         """`kl`: mean over the answers of a rollout, nats an answer, before anything is learned from it."""
         if self.learned:
@@ -142,7 +151,8 @@ class KlBudget:
         self.learned += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef, "learned": self.learned}
+        return {"kl_coef": self.kl_coef, "learned": self.learned, "least": self.least}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         self.kl_coef, self.learned = float(state["kl_coef"]), int(state["learned"])
+        self.least = float(state["least"])

@@ -18,6 +18,7 @@ from kilter.records import Prompt, Scorer, prompt_id
 from kilter.rollout.source import Scored, Verdict, worth
 from kilter.rundir import read_jsonl, write_jsonl
 from kilter.scorers.registry import did_you_mean
+from kilter.scorers.sheet import is_sheet, load_rules
 from kilter.stages.context import TRAINED_ON, Context
 from kilter.stages.scoring import is_model, reward_of, scorer_of
 
@@ -48,30 +49,35 @@ def check_guard(guard: GuardConfig, policy: PolicyConfig) -> None:
     names = [one.name for one in guard.canaries]
     if len(set(names)) < len(names):
         raise ConfigError(f"guard.canaries are named {', '.join(names)}; give each a `name` of its own")
-    if "raise_kl" in (guard.action, *guard.actions.values()) and (policy.kl_in == "loss" or policy.kl_coef <= 0):
+    if "raise_kl" in (guard.action, *guard.actions.values()) and policy.kl_coef <= 0:
         raise ConfigError(
-            f"guard raises the price of KL, and policy.kl_coef is {policy.kl_coef:g}, paid in the {policy.kl_in}; only "
-            "a price above 0 in the reward is raised: set policy.kl_in to reward and policy.kl_coef above 0, or choose "
-            "another action"
+            f"guard raises the price of KL, and policy.kl_coef is {policy.kl_coef:g}, which no factor raises; set it "
+            "above 0, or choose another action"
         )
 
 
-def seen_by_reward(context: Context, reward: str, prompts: Sequence[Prompt]) -> float | None:
-    """Share of the prompts that the reward model learned from: what it says there is partly remembered.
+def seen_by_reward(context: Context, rewards: Sequence[str], prompts: Sequence[Prompt]) -> float | None:
+    """Share of the prompts that reward models learned from: what they say there is partly remembered.
 
-    None: it is none, or does not say what it learned from.
+    Args:
+        rewards: what pays, as `scorer_of` takes it; of a rule sheet, the models that it names.
+    Returns:
+        None: no reward model is among them, or none says what it learned from.
     """
-    path = Path(reward) / TRAINED_ON
-    if not is_model(reward) or not path.exists():
-        return None
-    learned = {row["prompt_id"] for row in read_jsonl(path)}
-    share = fmean(prompt_id(prompt.prompt) in learned for prompt in prompts)
-    if share:
-        context.watch.say(
-            f"  {share:.0%} of the prompts are among those that {reward} learned from: what it pays there is partly "
-            "remembered; draw others where there are any"
-        )
-    return share
+    asked = [prompt_id(prompt.prompt) for prompt in prompts]
+    known: list[set[str]] = []
+    for reward in rewards:
+        for model in (reward,) if is_model(reward) else load_rules(reward).models if is_sheet(reward) else ():
+            path = Path(model) / TRAINED_ON
+            if not path.exists():
+                continue
+            known.append({row["prompt_id"] for row in read_jsonl(path)})
+            if share := fmean(one in known[-1] for one in asked):
+                context.watch.say(
+                    f"  {share:.0%} of the prompts are among those that {model} learned from: what it pays there is "
+                    "partly remembered; draw others where there are any"
+                )
+    return fmean(any(one in ids for ids in known) for one in asked) if known else None
 
 
 class Guard:
@@ -158,6 +164,7 @@ class Guard:
                 values, own = map(list, zip(*known, strict=True))
                 mean, sem = mean_and_sem(torch.tensor(values, dtype=torch.float64))
                 found |= {"probe": float(mean), "probe_correlation": correlation(values, own)}
+                found["probe_samples"] = float(len(values))
                 if len(values) > 1:
                     found["probe_sem"] = float(sem)
         if self._passing is not None:

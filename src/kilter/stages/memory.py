@@ -16,8 +16,9 @@ from kilter.config import OnlineStage, PreferStage, RewardStage, RlStage, SftSta
 from kilter.report.needs import GIB, LORA_RANK, TRAINED_BYTES, Shape
 from kilter.rollout.algorithms import ALGORITHMS
 from kilter.scorers.sheet import is_sheet, load_rules
+from kilter.stages.guard import PUTS_BACK
 from kilter.stages.prefer import objective_of
-from kilter.stages.scoring import is_model
+from kilter.stages.scoring import is_model, rewards_in
 
 Trains = SftStage | RewardStage | PreferStage | OnlineStage | RlStage
 FLOAT32_BYTES = 4
@@ -41,12 +42,13 @@ def device_gib(stage: Trains) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
-def parts(stage: Trains, shape: Shape, reward: Shape | None) -> list[Part]:
+def parts(stage: Trains, shape: Shape, reward: Shape | None, available: float) -> list[Part]:
     """Everything that the stage holds.
 
     Args:
         shape: of the model that it trains.
         reward: of the reward model that pays or scores; None: there is none, or a rule.
+        available: GiB of the device, of which vLLM takes a share.
     """
     lora, held = stage.lora.rank, stage.precision.base
     found: list[Part] = []
@@ -79,14 +81,26 @@ def parts(stage: Trains, shape: Shape, reward: Shape | None) -> list[Part]:
         found.append(Part("reward model that scores, frozen", reward.base_bytes("float32")))
     if more := further_models(stage):
         found.append(Part(f"further reward models, {more}, frozen", more * shape.base_bytes("float32")))
+    if isinstance(stage, RlStage) and PUTS_BACK & {stage.guard.action, *stage.guard.actions.values()}:
+        kept = shape.adapter(lora) if lora else shape.parameters
+        found.append(Part("copy of the policy that the guard keeps", FLOAT32_BYTES * kept))
+    if isinstance(stage, RlStage | OnlineStage) and stage.sampler.engine == "vllm" and not stage.sampler.url:
+        found.append(_engine(stage, shape, available))
     if stage.precision.compute == "bfloat16":
         found.append(Part("copies in bfloat16, while it computes", 2 * copied, passing=True))
     return [*found, _widest(stage, shape)]
 
 
+def _engine(stage: RlStage | OnlineStage, shape: Shape, available: float) -> Part:
+    if stage.precision.device == "cuda":
+        return Part(f"vLLM, sampler.memory {stage.sampler.memory:g} of the GPU", stage.sampler.memory * available * GIB)
+    number = 2 if stage.sampler.dtype == "bfloat16" else FLOAT32_BYTES
+    return Part("vLLM's own weights, beside its keys and values", number * shape.parameters)
+
+
 def further_models(stage: Trains) -> int:
-    """Reward models beside the stage's reward; each counts as large as the policy."""
-    named = [one.reward for one in getattr(stage, "also", ())]
+    """Reward models beside that which is the stage's `reward`; each counts as large as the policy."""
+    named = [value for place, value, _ in rewards_in(stage) if place != "reward" or not is_model(value)]
     return sum(len(load_rules(value).models) if is_sheet(value) else is_model(value) for value in named)
 
 
@@ -101,11 +115,14 @@ def _has_reference(stage: Trains) -> bool:
 
 def _widest(stage: Trains, shape: Shape) -> Part:
     """A step's activations, or a rollout's keys and values, whichever is more: they are not there at the same time."""
-    number, optim = 2 if stage.precision.compute == "bfloat16" else FLOAT32_BYTES, stage.optim
+    low, optim = stage.precision.compute == "bfloat16", stage.optim
+    number = 2 if low else FLOAT32_BYTES
     size = shape.activation_bytes(optim.batch_tokens, number, checkpointing=stage.precision.gradient_checkpointing)
     step = Part(f"activations of {optim.batch_tokens} tokens, in a step", size, passing=True)
-    if not isinstance(stage, RlStage | OnlineStage):
+    if not isinstance(stage, RlStage | OnlineStage) or stage.sampler.engine == "vllm":
         return step
+    if stage.precision.device == "cpu":  # which holds them in float32, see `models.segments`
+        number = FLOAT32_BYTES
     answers, each = stage.sampling.batch_size, stage.samples if isinstance(stage, RlStage) else stage.num_samples
     longest = stage.sampling.max_new_tokens
     prompt = max(optim.max_tokens - longest, 0)
@@ -161,13 +178,13 @@ CHANGES: tuple[Change, ...] = (
 
 def remedies(stage: Trains, shape: Shape, reward: Shape | None, available: float) -> list[str]:
     """What to change, one after another until it fits, each with the GiB that it saves."""
-    needed = total(parts(stage, shape, reward))
+    needed = total(parts(stage, shape, reward, available))
     lines = []
     for words, change in CHANGES * 2:  # what lies below a larger thing of another moment saves only once that is gone
         if needed <= available:
             break
         changed = change(stage)
-        saved = needed - total(parts(changed, shape, reward))
+        saved = needed - total(parts(changed, shape, reward, available))
         if saved > 0:
             stage, needed = changed, needed - saved
             lines.append(f"  {words}: {saved:.2f} GiB less, {needed:.2f} in all")

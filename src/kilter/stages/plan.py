@@ -65,8 +65,9 @@ def _memory(shape: Shape) -> list[str]:
 def _fit(context: Context, stage: Trains, shape: Shape, memory_gib: float | None) -> list[str]:
     """Every part of what the stage holds, and what to change where that is more than the device has."""
     reward, note = _reward_shape(context, stage, shape)
-    found = parts(stage, shape, reward)
-    needed, available = total(found), memory_gib or device_gib(stage)
+    available = memory_gib or device_gib(stage)
+    found = parts(stage, shape, reward, available)
+    needed = total(found)
     standing = total([part for part in found if not part.passing])
     more = further_models(stage)
     beside = f"; {more} further reward model{'s' * (more > 1)}, as large as the policy" if more else ""
@@ -117,8 +118,8 @@ def _roles(stage: RlStage) -> str:
         from_policy = start == "policy" or not is_model(stage.reward)
         (on_one if start == "shared" or (lora and from_policy) else apart).append("value")
     first = f"{', '.join(on_one[:-1])} and {on_one[-1]} on one" if len(on_one) > 1 else "policy"
-    models = [first, *apart, "reward"]
-    return f"{('', '', 'two', 'three', 'four')[len(models)]} models: {', '.join(models)}"
+    models = [first, *apart, *["reward"] * is_model(stage.reward)]
+    return f"{('', 'one', 'two', 'three', 'four')[len(models)]} model{'s' * (len(models) > 1)}: {', '.join(models)}"
 
 
 def shape_of(config: Any) -> Shape:

@@ -15,7 +15,7 @@ from kilter.models.save import save_causal_lm
 from kilter.records import PreferencePair, Prompt, Scorer, prompt_id
 from kilter.rollout.algorithms import ALGORITHMS
 from kilter.rollout.experience import Correction
-from kilter.rollout.policy import CriticFirst, PolicySource, check_numbers
+from kilter.rollout.policy import PolicySource, Steered, check_numbers
 from kilter.rollout.reward import paid_rewards
 from kilter.scorers.check import check_scorer
 from kilter.stages.audit import check_audit
@@ -77,7 +77,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
     prompts: list[Prompt] = context.records("prompts", stage.prompts, "prompt")
     reward = reward_of(context, stage.reward)
     audited = check_audit(context, stage, reward)
-    seen = seen_by_reward(context, reward, prompts)
+    seen = seen_by_reward(context, [reward, *(reward_of(context, one.reward) for one in stage.also)], prompts)
     dtype = compute_dtype(stage.precision)
     scorer = scorer_of(reward, combine=stage.combine, dtype=dtype, device=stage.precision.device)
     held: dict[str, Any] = {"lora": lora_of(stage.lora), "generator": context.generator("adapters")}
@@ -131,7 +131,7 @@ def run_rl(context: Context, stage: RlStage) -> dict[str, Any]:
         snapshots.look(step)
 
     steps = stage.rollouts * source.steps_per_rollout
-    learned: Any = CriticFirst(objective, source) if numbers.critic_warmup else objective
+    learned: Any = Steered(objective, source)
     drawn: BatchSource = source
     if stage.ptx.data:
         learned = Ptx(learned, stage.ptx.coef)

@@ -77,7 +77,7 @@ def check_rewards(recipe: Recipe) -> None:
                 words_of(stage.audit.words)
             except KilterError as err:
                 raise type(err)(f"stages.{name}.audit: {err}") from err
-        for place, value, combine in _rewards_in(stage):
+        for place, value, combine in rewards_in(stage):
             if combine is not None and not is_model(value):
                 raise ConfigError(
                     f"stages.{name}.{place.removesuffix('reward')}combine is for the heads of a reward model, and "
@@ -90,11 +90,12 @@ def check_rewards(recipe: Recipe) -> None:
                     raise type(err)(f"stages.{name}.{place}: {err}") from err
 
 
-def _rewards_in(stage: Stage) -> list[tuple[str, str, Combine | None]]:
-    """(place, value, how heads are combined) of each scorer that a stage names."""
+def rewards_in(stage: Stage) -> list[tuple[str, str, Combine | None]]:
+    """(place, value, how heads are combined) of each scorer that a stage names, its `reward` first."""
     value = getattr(stage, "reward", None)
     found = [("reward", value, getattr(stage, "combine", None))] if isinstance(value, str) else []
     if isinstance(stage, RlStage):
         found += [(f"also[{at}].reward", one.reward, one.combine) for at, one in enumerate(stage.also)]
         found += [("guard.probe", stage.guard.probe, None)] if stage.guard.probe else []
+        found += [(f"guard.canaries[{at}].reward", one.reward, None) for at, one in enumerate(stage.guard.canaries)]
     return found
