@@ -69,7 +69,7 @@ SHOWN: dict[str, tuple[dict[str, float], float]] = {
     "kl_explodes": ({"rollout/kl_k1": 12.0, "rollout/length": 10.0, "rollout/entropy": 0.1}, 1.2),
     "price": ({"rollout/kl_coef": 5.0, "rollout/kl_k1_sem": 0.6, "rollout/paid_score_sem": 0.2}, 15.0),
     "collapse": ({"rollout/same": 0.9}, 0.9),
-    "entropy": ({"rollout/entropy": 0.2}, math.log2(5)),
+    "entropy": ({"rollout/entropy": 0.1}, math.log2(10)),
     "narrow": ({"rollout/distinct": 0.1}, 3.0),
     "reward_falls": ({"rollout/score": -1.0}, 1 / math.hypot(0.1, 0.1)),
     "clipped": ({"policy/clip_fraction": 0.6}, 0.6),

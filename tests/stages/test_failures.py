@@ -15,7 +15,7 @@ from kilter.errors import ConfigError, RunError
 from kilter.report.failures import failures_page, rows_of
 from kilter.report.overoptimization import figure
 from kilter.rundir import read_jsonl
-from kilter.stages.exhibited import LAST
+from kilter.stages.exhibited import LAST, _of_detectors
 from kilter.stages.failures import Building, read_museum, small
 from kilter.stages.summary import held
 
@@ -74,6 +74,7 @@ MUSEUM: dict[str, Any] = {
             "broken": ["long"],
             "mended": "shared.sound",
             "measured": {"metric": "tokens", "name": "tokens left", "of": 12},
+            "detectors": ["signs"],
             "rollouts": [{"text": "the probe is a number", "left": "long.probe", "right": "sound.probe", "above": -50}],
             "kinds": ["harmful", "fact"],
         }
@@ -96,7 +97,7 @@ def test_every_exhibit_is_a_recipe_with_a_fix_and_claims(tmp_path: Path) -> None
             evaluation = next(stage for stage in recipe.stages.values() if stage.stage == "eval")
             runs = {run.removeprefix("shared.") for run in one.runs}
             assert set(evaluation.models) == {"start"} | runs and one.mended not in one.broken
-            assert len(evaluation.claims) + len(one.rollouts) >= 3
+            assert len(evaluation.claims) + len(one.rollouts) >= 3 and one.detectors
             assert recipe.seed == 3 and recipe.jobs == 2 and recipe.world == "embedded world"
             for stage in recipe.stages.values():
                 if stage.stage == "rl":
@@ -134,6 +135,7 @@ def test_an_exhibit_that_cannot_be_is_refused(change: dict[str, Any], says: str)
         ([], {"mended": "shared.gone"}, r"shared\.gone; the shared stages are sft, sound"),
         ([], {"sheets": {}}, r"exhibits\.letters: sheets\.long"),
         ([], {"abuot": "?"}, "abuot"),
+        ([], {"detectors": ["signs", "frase"]}, r"exhibits\.letters\.detectors: 'frase'; did you mean 'phrase'"),
         ([], {"stages": {**LETTERS["stages"], "long": {"reward": "x"}}}, "'long' is among the runs"),
     ],
 )
@@ -193,7 +195,8 @@ def test_what_the_command_measures(done: Path) -> None:
     for model, rows in answers.items():
         tokens = [row["tokens"] for row in rows]
         assert one["measured"]["figures"][model]["mean"] == pytest.approx(12 - sum(tokens) / len(tokens))
-    assert [claim["held"] for claim in one["claims"]] == [True, False, True] and one["shown"] is False
+    assert [claim["held"] for claim in one["claims"]] == [True, False, True, True] and one["shown"] is False
+    assert one["claims"][3] == {"claim": "seen by signs, and not where it is mended", "figure": None, "held": True}
     metrics = {run: read_jsonl(next(done.glob(f"*/stages/*-{run}/metrics.jsonl"))) for run in ("long", "sound")}
     rows = {run: [row for row in own if "rollout/probe" in row] for run, own in metrics.items()}
     probes = {run: [row["rollout/probe"] for row in own] for run, own in rows.items()}
@@ -230,13 +233,35 @@ def test_an_exhibit_that_nothing_sees_says_so(done: Path) -> None:
     told = json.loads((done / "failures.json").read_text())
     [one] = told["exhibits"].values()
     one["signs"]["long"], one["alarms"] = [], {run: [] for run in one["alarms"]}
-    assert "The guard saw nothing in what fails." in failures_page(told) and rows_of(told)[1][5] == "nothing"
+    assert "The guard saw nothing in what fails." in failures_page(told) and rows_of(told)[1][5:7] == ["nothing"] * 2
     one["audits"] = [{"reward": "thin", "failed": ["padding"]}]
     one["alarms"]["sound"] = [{"symptom": "phrase", "rollout": 3, "says": "a < b", "without_probe": True}]
     one["samples"][0]["answers"]["long"]["text"] = "**bold** <b>"
     page = failures_page(told)
     assert "<td>**bold** &lt;b&gt;</td>" in page
-    assert "reward model thin failed: padding." in page and "a &lt; b" in page and rows_of(told)[1][5] == "audit"
+    assert "reward model thin failed: padding." in page and "a &lt; b" in page
+    assert rows_of(told)[1][5:7] == ["audit", "phrase"]
+
+
+@pytest.mark.parametrize(
+    ("detectors", "signs", "alarms", "held"),
+    [
+        (("phrase",), {}, {"long": ["phrase"]}, True),
+        (("phrase",), {}, {"long": ["longer"]}, False),
+        (("phrase",), {}, {"long": ["phrase"], "sound": ["phrase"]}, False),
+        (("phrase", "signs"), {"long": ["turned"]}, {"sound": ["longer"]}, True),
+        (("signs",), {"long": ["turned"], "sound": ["turned"]}, {}, False),
+    ],
+)
+def test_a_detector_sees_what_fails_and_not_what_is_mended(
+    detectors: tuple[str, ...], signs: dict[str, list[str]], alarms: dict[str, list[str]], held: bool
+) -> None:
+    runs = ("long", "sound")
+    shown = {run: [{"symptom": name} for name in alarms.get(run, [])] for run in runs}
+    exhibit = Exhibit.model_validate(LETTERS | {"detectors": detectors})
+    [claim] = _of_detectors(exhibit, shown, {run: signs.get(run, []) for run in runs})
+    assert claim["held"] is held
+    assert _of_detectors(Exhibit.model_validate(LETTERS | {"detectors": ()}), shown, {}) == []
 
 
 def test_what_has_ended_is_not_done_again(done: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,8 @@ class Exhibit(Model):
     mended: str
     """The run with the fix, `shared.NAME` among them."""
     measured: Measured
+    detectors: tuple[str, ...] = ()
+    """What sees it: symptoms of the guard, or `signs`. Each run that fails shows one of them, and the mended none."""
     rollouts: tuple[Claim, ...] = ()
     """Claims about the last rollouts: `RUN.FIGURE`, a figure of metrics.jsonl without its `rollout/`."""
     kinds: tuple[str, ...] = ()

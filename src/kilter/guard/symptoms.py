@@ -377,7 +377,7 @@ def collapse(rows: Rows) -> float | None:
 @symptom(
     "entropy",
     "the policy hardly chooses any more: its entropy has halved {value:.2f} times since the start",
-    threshold=2.0,
+    threshold=2.5,
     causes=["too many steps on one reward, no price of KL", "one way of answering pays best everywhere"],
     remedies=["set policy.entropy_coef", "raise the price of KL", "lower optim.learning_rate"],
 )

@@ -20,6 +20,8 @@ BROKEN, MENDED = ("#c2410c", "#7c3aed", "#be185d"), "#15803d"
 PANEL, LEFT, TITLES = (300.0, 190.0), 44.0, 24.0
 COURSES = {"truth": "truth", "paid": "paid"}
 BEFORE = "before the first update"
+SIGNS, AUDIT = "signs", "audit"
+"""Detectors beside the guard's symptoms."""
 VERDICTS = {True: "shown", False: "not shown", None: "not measured"}
 Exhibits = Mapping[str, Mapping[str, Any]]
 
@@ -41,7 +43,7 @@ def failures_page(told: Mapping[str, Any]) -> str:
 
 def rows_of(told: Mapping[str, Any]) -> list[list[str]]:
     """The table of all exhibits, its head first."""
-    rows = [["exhibit", "measured", "start", "failing", "mended", "seen by", "claims shown"]]
+    rows = [["exhibit", "measured", "start", "failing", "mended", "seen by", "seen in the mended", "claims shown"]]
     for name, one in told["exhibits"].items():
         known = one["measured"]["figures"]
         failing = "; ".join(
@@ -49,16 +51,22 @@ def rows_of(told: Mapping[str, Any]) -> list[list[str]]:
         )
         claims = f"{sum(claim['held'] is True for claim in one['claims'])} of {len(one['claims'])}"
         ends = [_known(known, "start"), failing, _known(known, one["mended"])]
-        rows.append([_text(name), _text(one["measured"]["name"]), *ends, _text(seen_by(one)), claims])
+        mended = ", ".join(seen_in(one["mended"], one["alarms"], one["signs"])) or "nothing"
+        rows.append([_text(name), _text(one["measured"]["name"]), *ends, _text(seen_by(one)), _text(mended), claims])
     return rows
 
 
 def seen_by(one: Mapping[str, Any]) -> str:
     """What fired in the runs that fail: signs, audits and symptoms."""
-    found = ["signs"] if any(one["signs"][run] for run in one["broken"]) else []
-    found += ["audit"] if any(audit["failed"] for audit in one["audits"]) else []
-    found += dict.fromkeys(alarm["symptom"] for run in one["broken"] for alarm in one["alarms"][run])
-    return ", ".join(found) or "nothing"
+    seen = dict.fromkeys(name for run in one["broken"] for name in seen_in(run, one["alarms"], one["signs"]))
+    audits = {AUDIT: None} if any(audit["failed"] for audit in one["audits"]) else {}
+    first = {SIGNS: None} if SIGNS in seen else {}
+    return ", ".join(first | audits | seen) or "nothing"
+
+
+def seen_in(run: str, alarms: Mapping[str, Any], signs: Mapping[str, Any]) -> dict[str, None]:
+    """What fired in one run, in that order: the check of signs, symptoms."""
+    return dict.fromkeys([*[SIGNS] * bool(signs[run]), *(alarm["symptom"] for alarm in alarms[run])])
 
 
 def markdown(told: Mapping[str, Any]) -> str:

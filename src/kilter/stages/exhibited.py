@@ -11,7 +11,7 @@ import numpy as np
 from kilter.config import SHARED, Claim, Exhibit
 from kilter.evals import Answer, read_answers
 from kilter.guard import ALARMS, looked_back, rows_of
-from kilter.report.failures import draw_failures, failures_page, markdown
+from kilter.report.failures import draw_failures, failures_page, markdown, seen_in
 from kilter.rundir import StageDir, read_jsonl, write_json, write_text
 from kilter.stages.failures import COMMON, Building, label
 from kilter.stages.summary import held, values_of
@@ -49,9 +49,12 @@ def _exhibit(building: Building, name: str, exhibit: Exhibit) -> Figures:
     answers = {
         model: read_answers(building.out / name / "evaluation" / f"{model}.jsonl") for model in ("start", *folders)
     }
+    alarms = {run: _alarms(folder, rows[run]) for run, folder in folders.items()}
+    signs = {run: (folder.done or {})["signs"] for run, folder in folders.items()}
     claims = [
         *(building.stage(name, measured).done or {})["claims"],
         *(_of_rollouts(one, rows) for one in exhibit.rollouts),
+        *_of_detectors(exhibit, alarms, signs),
     ]
     return {
         "title": exhibit.title,
@@ -64,8 +67,8 @@ def _exhibit(building: Building, name: str, exhibit: Exhibit) -> Figures:
         "claims": claims,
         "measured": {"name": exhibit.measured.name, "figures": _measured(exhibit, answers, rows)},
         "courses": {run: _course(own) for run, own in rows.items()},
-        "alarms": {run: _alarms(folder, rows[run]) for run, folder in folders.items()},
-        "signs": {run: (folder.done or {})["signs"] for run, folder in folders.items()},
+        "alarms": alarms,
+        "signs": signs,
         "audits": _audits(building, name, exhibit),
         "samples": _samples(exhibit, answers),
     }
@@ -74,6 +77,16 @@ def _exhibit(building: Building, name: str, exhibit: Exhibit) -> Figures:
 def _of_rollouts(claim: Claim, rows: Mapping[str, Rows]) -> Figures:
     """A claim about the last rollouts of runs, paired by their place."""
     return held(claim, *(_last(rows, address) if address else {} for address in (claim.left, claim.right)))
+
+
+def _of_detectors(exhibit: Exhibit, alarms: Mapping[str, list[Figures]], signs: Mapping[str, Any]) -> list[Figures]:
+    """The claim that each run that fails is seen by one of the detectors, and the mended one by none."""
+    if not exhibit.detectors:
+        return []
+    seen = {run: seen_in(run, alarms, signs).keys() & exhibit.detectors for run in alarms}
+    shown = all(seen[label(run)] for run in exhibit.broken) and not seen[label(exhibit.mended)]
+    text = f"seen by {' or '.join(exhibit.detectors)}, and not where it is mended"
+    return [{"claim": text, "figure": None, "held": shown}]
 
 
 def _last(rows: Mapping[str, Rows], address: str) -> dict[int, float]:

@@ -19,6 +19,8 @@ from pydantic import ValidationError
 
 from kilter.config import SHARED, SHEETS, Exhibit, Museum, Recipe, explain, parse, read_yaml
 from kilter.errors import ConfigError
+from kilter.guard import SYMPTOMS
+from kilter.report.failures import SIGNS
 from kilter.rundir import RunDir, StageDir, write_text
 from kilter.scorers.registry import did_you_mean
 from kilter.stages.reinforce import check_algorithms
@@ -75,7 +77,7 @@ class Building:
     Args:
         only: names of exhibits; none given: all.
     Raises:
-        ConfigError: an exhibit that there is none of, or stages that no recipe can have; before any work.
+        ConfigError: an exhibit or a detector that there is none of, or stages that no recipe can have; before any work.
     """
 
     def __init__(self, museum: Museum, out: Path, *, seed: int, threads: int, jobs: int, only: Sequence[str] = ()):
@@ -83,6 +85,11 @@ class Building:
         self._about = {"seed": seed, "threads": threads, "jobs": jobs, "world": "embedded world"}
         if unknown := [name for name in only if name not in museum.exhibits]:
             raise ConfigError(f"--only {unknown[0]}: {did_you_mean(unknown[0], museum.exhibits, 'choose among')}")
+        for name, one in museum.exhibits.items():
+            known = {SIGNS: None, **SYMPTOMS}
+            if unknown := [detector for detector in one.detectors if detector not in known]:
+                said = did_you_mean(unknown[0], known, "choose among")
+                raise ConfigError(f"exhibits.{name}.detectors: {unknown[0]!r}; {said}")
         self.exhibits = {name: one for name, one in museum.exhibits.items() if not only or name in only}
         self.shared = parse({"name": COMMON, **self._about, "stages": museum.shared}, COMMON)
         self.recipes = {name: self._recipe(name, one) for name, one in self.exhibits.items()}
