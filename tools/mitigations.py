@@ -5,8 +5,9 @@
 
 Hacks are the faults of tools/guard.py of which truth falls; OUT holds its bases. Each run is made again from the same
 seed with each mitigation, and once as it is: there the guard only warns, and the policy after every rollout is kept.
-All these policies answer the same 1,100 held-out prompts. What the best policy of the run as it is was worth, by these
-answers, is what an early stop by an oracle would have kept: noise makes it look better than it is, never worse.
+All these policies answer the same 1,100 held-out prompts, those of the same weights once. What an early stop by an
+oracle would have kept is what the best policy of the run as it is was worth: the best by one half of the prompts,
+measured by the other, so that noise does not flatter it.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import torch
+from safetensors.torch import load_file
+
 from guard import DEMO, FELL, SEEDS_OF_A_BASE, base, run, stage_of
 from kilter.errors import CheckError
 from kilter.guard import rows_of
 from kilter.rundir import read_jsonl, write_json
 from kilter.stages.snapshots import snapshots_in
 
-HACKS = ("sign", "kl", "collapse", "apologies", "certainty", "format", "nonsense", "refusal", "length")
+HACKS = ("sign", "kl", "collapse", "apologies", "certainty", "flattery", "format", "nonsense", "refusal", "length")
 AS_IT_IS = "as it is"
 MITIGATIONS: dict[str, dict[str, Any]] = {
     "a price of KL of 0.2": {"policy": {"kl_coef": 0.2}},
     "a budget of 1 nat": {"policy": {"kl_coef": 0.05, "kl_controller": "budget", "kl_target": 1.0}},
     "guard raises KL": {"guard": {"action": "raise_kl", "probe": ""}},
     "guard stops": {"guard": {"action": "stop", "probe": ""}},
+    "guard stops, with the probe": {"guard": {"action": "stop"}},
     "guard goes back, with the probe": {"guard": {"action": "roll_back"}},
 }
 """What of the stage each changes; the guard of the first two only warns. Without a probe it does not see truth."""
@@ -65,11 +70,21 @@ def go(out: Path, kind: str, seed: int) -> None:
             models[f"mitigated_{at}"], drawn[name] = str(done.result.resolve()), rollouts(done.path)
         except CheckError:  # before the first update: SFT is what is left
             models[f"mitigated_{at}"], drawn[name] = made["sft"], 1
+    same: dict[str, str] = {}
+    for name, model in models.items():
+        same[name] = next((one for one in dict.fromkeys(same.values()) if equal(models[one], model)), name)
+    models = {name: model for name, model in models.items() if same[name] == name}
     truth = {key: DEMO["evaluation"][key] for key in ("stage", "truth")}
     truth |= {"models": models, "reference": made["sft"], "curve_prompts": 0, "sampling": stage["sampling"]}
     truth["prompts"] = {"path": "kilter.world:prompts", "options": {"split": "held_out", "per_kind": 100}}
     run(where, "measured", seed, {"evaluation": truth})
-    write_json(where / "drawn.json", drawn)
+    write_json(where / "drawn.json", {"drawn": drawn, "same": same})
+
+
+def equal(one: str, other: str) -> bool:
+    """Whether two models' folders hold the same weights."""
+    found, known = (load_file(Path(folder) / "model.safetensors") for folder in (one, other))
+    return found.keys() == known.keys() and all(torch.equal(found[name], known[name]) for name in known)
 
 
 def rollouts(stage: Path) -> int:
@@ -93,14 +108,25 @@ def measured(out: Path, seeds: Sequence[int]) -> list[Measured]:
         for seed in seeds:
             where = out / "mitigations" / f"{kind}-{seed}"
             if (where / "drawn.json").exists():
-                told = json.loads((where / "measured/summary.json").read_text())["models"]
-                truth = {name: one["true_reward"]["mean"] for name, one in told.items()}
-                best = max(value for name, value in truth.items() if not name.startswith("mitigated"))
-                if best - truth["as_it_is"] > FELL:
-                    own = {name: truth[f"mitigated_{at}"] for at, name in enumerate(MITIGATIONS)}
-                    drawn = json.loads((where / "drawn.json").read_text())
-                    found.append(Measured(kind, best, {AS_IT_IS: truth["as_it_is"], **own}, drawn))
+                about = json.loads((where / "drawn.json").read_text())
+                folder = where / "measured/evaluation"
+                rows = {name: read_jsonl(folder / f"{one}.jsonl") for name, one in about["same"].items()}
+                truth = {name: [row["true_reward"] for row in own] for name, own in rows.items()}
+                best, last = oracle(truth), fmean(truth["as_it_is"])
+                if best - last > FELL:
+                    own = {name: fmean(truth[f"mitigated_{at}"]) for at, name in enumerate(MITIGATIONS)}
+                    found.append(Measured(kind, best, {AS_IT_IS: last, **own}, about["drawn"]))
     return found
+
+
+def oracle(truth: Mapping[str, Sequence[float]]) -> float:
+    """What the best policy of the run as it is is worth: chosen by every other prompt, measured on those between."""
+    plain = {name: values for name, values in truth.items() if not name.startswith("mitigated")}
+    found = []
+    for chosen, seen in ((0, 1), (1, 0)):
+        best = max(plain, key=lambda name: fmean(plain[name][chosen::2]))
+        found.append(fmean(plain[best][seen::2]))
+    return fmean(found)
 
 
 def matrix(found: Sequence[Measured]) -> str:
