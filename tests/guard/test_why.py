@@ -72,6 +72,19 @@ def test_says_what_the_guard_said_or_would_have_said(tmp_path: Path, capsys: pyt
     assert "04-sft:\n  a step was not finite" in said and "05-reward" not in said
 
 
+def test_says_how_far_from_the_reference_it_ended(tmp_path: Path) -> None:
+    """1.96 standard errors on either side; the exact estimator before k1."""
+    k1 = {"rollout/length": 90.0, "rollout/kl_k1": 7.0, "rollout/kl_k1_sem": 0.5}
+    exact = {"rollout/kl_exact": 6.25, "rollout/kl_exact_sem": 0.1}
+    stage(tmp_path, "01-ppo", [{"step": 1} | k1 | exact, {"step": 2} | k1])
+    stage(tmp_path, "02-rloo", [{"step": 1} | k1 | exact])
+    found = why(tmp_path)
+    assert [one.kl for one in found] == [pytest.approx((7.0, 0.98)), pytest.approx((6.25, 0.196))]
+    said = in_words(found)
+    assert "01-ppo, 2 rollouts, at the last one 7 ± 0.98 nats an answer from the reference: no symptom" in said
+    assert "02-rloo, 1 rollouts, at the last one 6.25 ± 0.2 nats" in said
+
+
 def test_a_folder_without_a_run_is_refused_and_one_that_sampled_nothing_says_so(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run is in it"):
         why(tmp_path / "nowhere")

@@ -18,7 +18,7 @@ HELP = """usage: kilter align RECIPE [--STAGE.KEY VALUE ...] [options]
 Run the stages of a recipe in order. `kilter align RECIPE --help` lists every option of that recipe.
 
 example:
-  kilter align recipes/demo.yaml --ppo.policy.kl-coef 0.1 --seed 3 --out runs/mine"""
+  kilter align recipes/hh-stories.yaml --ppo.policy.kl-coef 0.1 --seed 3 --out runs/mine"""
 
 
 def run(command: str, argv: list[str]) -> int:

@@ -59,7 +59,7 @@ def usage() -> str:
         "",
         "examples:",
         "  kilter demo                                       # about four minutes on two cores",
-        "  kilter align recipes/demo.yaml --ppo.policy.kl-coef 0.1",
+        "  kilter align recipes/hh-stories.yaml --ppo.policy.kl-coef 0.1",
         "  kilter sft --model MODEL --data demos.jsonl --out runs/sft",
         "  kilter doctor MODEL pairs.jsonl",
         "",

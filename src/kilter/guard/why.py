@@ -12,9 +12,11 @@ import yaml
 from kilter.errors import RunError, one_line, visible
 from kilter.guard.causes import Course, Named, causes
 from kilter.guard.rows import rows_of
+from kilter.guard.symptoms import Rows
 from kilter.guard.watch import ALARMS, looked_back
 from kilter.rundir import StageDir, ToldSpike, furthest, read_jsonl, spikes_in
 
+Z95 = 1.96
 TEXT_TOLD = 70
 """Characters of a row's text that are said."""
 
@@ -26,6 +28,8 @@ class StageFound:
     stage: str
     """Its folder's name."""
     rollouts: int
+    kl: tuple[float, float] | None
+    """From the reference to the policy that drew the last rollout, nats an answer, and half of its 95% interval."""
     alarms: Sequence[Mapping[str, Any]]
     """As in guard.jsonl, in the order in which they showed."""
     failures: Sequence[str] = ()
@@ -55,10 +59,18 @@ def why(run: Path) -> list[StageFound]:
         named = causes(Course(options, rows, steps, ended=(folder / "done.json").exists()))
         spikes = spikes_in(read_jsonl(StageDir(folder).spikes))
         if rows or failures or named or spikes:
-            found.append(StageFound(folder.name, len(rows), said, failures, named, spikes))
+            found.append(StageFound(folder.name, len(rows), _kl(rows), said, failures, named, spikes))
     if not found and not (run / "recipe.yaml").exists():
         raise RunError(f"{run}: no run is in it (no recipe.yaml, no stages); give a directory under runs/")
     return found
+
+
+def _kl(rows: Rows) -> tuple[float, float] | None:
+    """By the exact estimator where it was measured, else by k1; None where there is neither, or one answer alone."""
+    for name in ("rollout/kl_exact", "rollout/kl_k1"):
+        if rows and name in rows[-1] and f"{name}_sem" in rows[-1]:
+            return rows[-1][name], Z95 * rows[-1][f"{name}_sem"]
+    return None
 
 
 def _stages(recipe: Path) -> dict[str, Any]:
@@ -79,7 +91,10 @@ def in_words(found: Sequence[StageFound]) -> str:
 
 
 def _paragraph(stage: StageFound) -> str:
-    lines = [f"{stage.stage}, {stage.rollouts} rollouts:" if stage.rollouts else f"{stage.stage}:"]
+    sampled = f", {stage.rollouts} rollouts" if stage.rollouts else ""
+    if stage.kl is not None:
+        sampled += f", at the last one {stage.kl[0]:.3g} ± {stage.kl[1]:.2g} nats an answer from the reference"
+    lines = [f"{stage.stage}{sampled}:"]
     first: dict[str, Mapping[str, Any]] = {}
     for alarm in stage.alarms:
         first.setdefault(alarm["symptom"], alarm)
