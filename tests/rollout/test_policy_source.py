@@ -536,11 +536,15 @@ def test_a_judge_that_puts_another_policy_in_place_has_its_answers_drawn(make_tr
     assert source.several.state_dict()["norms"][0]["count"] == len(judged) and source.num_rollouts == 1
 
 
-def test_a_judge_raises_the_price_of_kl(make_trunk: Make, make_source: Make) -> None:
-    config = PolicyConfig(kl_coef=0.1, kl_controller="fixed")
-    source = make_source(make_trunk(), config=config, judge=lambda answers, figures: Verdict(raise_kl=2.0))
+@pytest.mark.parametrize(("controller", "steered"), [("fixed", 1.0), ("adaptive", 1 - 0.1 * 0.2), ("budget", 1.0)])
+def test_a_judge_raises_the_price_of_kl(controller: Any, steered: float, make_trunk: Make, make_source: Make) -> None:
+    """On top of what a controller makes of a rollout without KL; a budget's first rollout makes nothing."""
+    config = PolicyConfig(kl_coef=0.1, kl_controller=controller)
+    judge = {"judge": lambda answers, figures: Verdict(raise_kl=2.0)}
+    source = make_source(make_trunk(), config=config, rollouts=4, **judge)
     source.next_step()
-    assert source.figures["rollout/kl_coef"] == 0.1 and source.controller.kl_coef == 0.2
+    assert source.figures["rollout/kl_coef"] == 0.1
+    assert source.controller.kl_coef == pytest.approx(0.1 * steered * 2, rel=1e-12)
 
 
 def test_a_judge_raises_the_price_of_a_kl_in_the_loss(make_trunk: Make, make_source: Make) -> None:
