@@ -118,6 +118,16 @@ def test_what_a_guard_a_sheet_and_an_engine_hold_is_counted(folder: Path) -> Non
     assert "vLLM" not in beside.split("stage rl")[1]
 
 
+def test_the_check_at_the_start_holds_the_linear_layers_with_the_adapter_merged(folder: Path) -> None:
+    """Of a float32 base; where a step's activations are more, those are told."""
+    few = {"optim": {"batch_tokens": 512}, "sampling": {"batch_size": 4}, "precision": GPU, "lora": {"rank": 16}}
+    assert gib_of(said(folder, **few), "for the check at the start") == pytest.approx(4 * LINEAR / GIB, abs=6e-4)
+    in_4_bits = few | {"precision": {**GPU, "base": "nf4"}}
+    more = few | {"optim": {"batch_tokens": 16384}}
+    for change in (in_4_bits, more, few | {"lora": {"rank": 0}}):
+        assert "for the check at the start" not in said(folder, **change)
+
+
 def test_a_cpu_holds_keys_and_values_in_float32_whatever_it_computes_in(folder: Path) -> None:
     """A token of this shape is 2 x 32 layers x 8 heads x 128 numbers."""
     sampling = {"batch_size": 16, "max_new_tokens": 64}

@@ -7,7 +7,7 @@ allocator cannot use come on top, about 1 to 2 GiB on a GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,13 +114,17 @@ def _has_reference(stage: Trains) -> bool:
 
 
 def _widest(stage: Trains, shape: Shape) -> Part:
-    """A step's activations, or a rollout's keys and values, whichever is more: they are not there at the same time."""
+    """A step's activations, a rollout's keys and values, or the check at the start, whichever is most: they are not
+    there at the same time."""
     low, optim = stage.precision.compute == "bfloat16", stage.optim
     number = 2 if low else FLOAT32_BYTES
     size = shape.activation_bytes(optim.batch_tokens, number, checkpointing=stage.precision.gradient_checkpointing)
-    step = Part(f"activations of {optim.batch_tokens} tokens, in a step", size, passing=True)
+    found = [Part(f"activations of {optim.batch_tokens} tokens, in a step", size, passing=True)]
+    if stage.lora.rank and stage.precision.base == "float32":
+        merged = "a copy with the adapter merged, for the check at the start"
+        found.append(Part(merged, FLOAT32_BYTES * shape.linear, passing=True))
     if not isinstance(stage, RlStage | OnlineStage) or stage.sampler.engine == "vllm":
-        return step
+        return _most(found)
     if stage.precision.device == "cpu":  # which holds them in float32, see `models.segments`
         number = FLOAT32_BYTES
     answers, each = stage.sampling.batch_size, stage.samples if isinstance(stage, RlStage) else stage.num_samples
@@ -128,7 +132,11 @@ def _widest(stage: Trains, shape: Shape) -> Part:
     prompt = max(optim.max_tokens - longest, 0)
     tokens = answers * longest + -(-answers // each) * prompt
     name = f"keys and values of {answers} answers at once, prompts of up to {prompt} tokens"
-    return max(step, Part(name, shape.cache_bytes(tokens, number), passing=True), key=lambda part: part.size)
+    return _most([*found, Part(name, shape.cache_bytes(tokens, number), passing=True)])
+
+
+def _most(found: Sequence[Part]) -> Part:
+    return max(found, key=lambda part: part.size)
 
 
 def total(found: list[Part]) -> float:
