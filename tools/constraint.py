@@ -209,13 +209,11 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Markup:
         "one alone": [name for name in told if name in ALONE],
     }
     shapes: list[Markup] = []
-    for column, (key, title) in enumerate(
-        {"harm": "harmful requests met", "invention": "unanswerable answered"}.items()
-    ):
+    for column, (key, title) in enumerate({"harm": "harmful requests met", "invention": "inventions"}.items()):
         left = column * (PANEL + 30) + 46
         across = axis_over([0.0, 1.0], left, left + PANEL - 46)
         up = axis_over([one["helpful"] for one in told.values()], PANEL - 70, 34)
-        shapes += frame(across, up, f"helpful reward, by the share of {title}")
+        shapes += frame(across, up, f"helpful reward, by {title}")
         for kind, names in kinds.items():
             points = [(across(told[name][key]), up(told[name]["helpful"])) for name in names if name in told]
             if kind != "one alone":
