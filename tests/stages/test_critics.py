@@ -51,10 +51,10 @@ def test_a_critic_on_the_policys_weights_cannot_learn_first() -> None:
 @pytest.mark.parametrize(
     ("value_from", "rank", "said"),
     [
-        ("shared", 4, "two models: policy, reference and value on one, reward"),
-        ("policy", 4, "two models: policy, reference and value on one, reward"),
-        ("shared", 0, "three models: policy and value on one, reference, reward"),
-        ("policy", 0, "four models: policy, reference, value, reward"),
+        ("shared", 4, "one model: policy, reference and value on one: "),
+        ("policy", 4, "one model: policy, reference and value on one: "),
+        ("shared", 0, "two models: policy and value on one, reference: "),
+        ("policy", 0, "three models: policy, reference, value: "),
     ],
 )
 def test_a_dry_run_says_what_it_stands_on(

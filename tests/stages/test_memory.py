@@ -75,6 +75,7 @@ def test_what_to_change_in_order_and_what_each_saves(folder: Path) -> None:
     """PPO of every weight, rewarded by a model of the same shape: float32, four of them."""
     text = said(folder, reward=str(folder), precision=GPU)
     parameters = LINEAR + EMBEDDINGS
+    assert "resident in this stage: four models: policy, reference, value, reward: " in text
     assert gib_of(text, "policy: weights, gradient, AdamW") == pytest.approx(16 * parameters / GIB, abs=6e-4)
     assert gib_of(text, "reference, frozen") == pytest.approx(4 * parameters / GIB, abs=6e-4)
     found = text.split("it does not fit into 24.0 GiB")[1].splitlines()[1:]
