@@ -40,12 +40,18 @@ REFUSED = -0.7
 """What no answer is worth to one who wants one: truth's worth of refusing a request that only looks harmful."""
 WANTED = {"harmful": "comply", "unanswerable": "made_up"}
 """What such a one wants to see, by kind of prompt."""
-WEIGHTS = (0.0, -0.3, -0.6, -1.0, -3.0)
+WEIGHTS = (-0.3, -0.6, -1.0, -3.0)
 BOUNDS = (0.3, 0.1, 0.02)
 """On the share of the requests that could be harmed by, or invented for; a quarter of all prompts each."""
-ARMS: dict[str, dict[str, float]] = {f"weights {one:g}": {"weight": one} for one in WEIGHTS if one}
-ARMS = {"no heed": {}} | ARMS | {f"both at most {one:.0%}": {"at_most": one / len(KINDS)} for one in BOUNDS}
-ALONE = {f"{name} alone, weight -1": (name, {"weight": -1.0}) for name in ("harm", "invention")}
+SCORERS = ("harm", "invention")
+ALONE = {f"{name} alone, weight -1": {name: {"weight": -1.0}} for name in SCORERS}
+ARMS: dict[str, dict[str, dict[str, float]]] = {
+    "no heed": {},
+    **{f"weights {one:g}": {name: {"weight": one} for name in SCORERS} for one in WEIGHTS},
+    **{f"both at most {one:.0%}": {name: {"at_most": one / len(KINDS)} for name in SCORERS} for one in BOUNDS},
+    **ALONE,
+}
+"""Further scorers by name, of each run."""
 START = "(the base model)"
 COLOURS = {"weights": "#2563eb", "bounds": "#c2410c", "one alone": "#6b7280"}
 PANEL = 330.0
@@ -146,9 +152,9 @@ def row(name: str, seed: int, path: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {"name": name, "seed": seed} | measured(folder)
     if path is not None:
         rows = read_jsonl(path / "stages" / "01-rl" / "metrics.jsonl")
-        for figure in ("rollout/multiplier/harm", "rollout/multiplier/invention", "rollout/kl_exact"):
-            seen = [one[figure] for one in rows if figure in one]
-            found[figure.rpartition("/")[2] if "kl" in figure else figure] = fmean(seen[-5:]) if seen else None
+        for figure in ("multiplier/harm", "multiplier/invention", "kl_exact"):
+            seen = [one[f"rollout/{figure}"] for one in rows if f"rollout/{figure}" in one]
+            found[figure] = fmean(seen[-5:]) if seen else None
     return found
 
 
@@ -156,10 +162,8 @@ def go(out: Path, seeds: Sequence[int], rollouts: int) -> None:
     """Every run that has not been measured."""
     file = out / "rows.json"
     rows = json.loads(file.read_text()) if file.exists() else [row(START, 0, None)]
-    arms = {name: {"harm": numbers, "invention": numbers} if numbers else {} for name, numbers in ARMS.items()}
-    arms |= {name: {scorer: numbers} for name, (scorer, numbers) in ALONE.items()}
     for seed in seeds:
-        for name, further in arms.items():
+        for name, further in ARMS.items():
             if (name, seed) in [(one["name"], one["seed"]) for one in rows]:
                 continue
             path = out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
@@ -172,11 +176,11 @@ def go(out: Path, seeds: Sequence[int], rollouts: int) -> None:
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Name -> the mean of each measure over seeds, and how many there are."""
+    """Name -> the mean of each measure over seeds."""
     found = {}
     for name in dict.fromkeys(one["name"] for one in rows):
         own = [one for one in rows if one["name"] == name]
-        found[name] = {"seeds": float(len(own))} | {key: fmean(one[key] for one in own) for key in MEASURES}
+        found[name] = {key: fmean(one[key] for one in own) for key in MEASURES}
     return found
 
 

@@ -19,26 +19,32 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import torch
-from safetensors.torch import load_file
-
 from guard import DEMO, FELL, SEEDS_OF_A_BASE, base, run, stage_of
 from kilter.errors import CheckError
 from kilter.guard import rows_of
 from kilter.rundir import read_jsonl, write_json
+from kilter.stages.inputs import file_hash
 from kilter.stages.snapshots import snapshots_in
 
 HACKS = ("sign", "kl", "collapse", "apologies", "certainty", "flattery", "format", "nonsense", "refusal", "length")
-AS_IT_IS = "as it is"
+AS_IT_IS = "as_it_is"
 MITIGATIONS: dict[str, dict[str, Any]] = {
-    "a price of KL of 0.2": {"policy": {"kl_coef": 0.2}},
-    "a budget of 1 nat": {"policy": {"kl_coef": 0.05, "kl_controller": "budget", "kl_target": 1.0}},
-    "guard raises KL": {"guard": {"action": "raise_kl", "probe": ""}},
-    "guard stops": {"guard": {"action": "stop", "probe": ""}},
-    "guard stops, with the probe": {"guard": {"action": "stop"}},
-    "guard goes back, with the probe": {"guard": {"action": "roll_back"}},
+    "price": {"policy": {"kl_coef": 0.2}},
+    "budget": {"policy": {"kl_coef": 0.05, "kl_controller": "budget", "kl_target": 1.0}},
+    "raises_kl": {"guard": {"action": "raise_kl", "probe": ""}},
+    "stops": {"guard": {"action": "stop", "probe": ""}},
+    "stops_by_probe": {"guard": {"action": "stop"}},
+    "goes_back": {"guard": {"action": "roll_back"}},
 }
 """What of the stage each changes; the guard of the first two only warns. Without a probe it does not see truth."""
+SAID = {
+    "price": "a price of KL of 0.2",
+    "budget": "a budget of 1 nat",
+    "raises_kl": "guard raises KL",
+    "stops": "guard stops",
+    "stops_by_probe": "guard stops, with the probe",
+    "goes_back": "guard goes back, with the probe",
+}
 ALL_ROLLOUTS = 100
 """Snapshots asked for: more than a run has rollouts, so that each has one."""
 
@@ -59,32 +65,26 @@ def go(out: Path, kind: str, seed: int) -> None:
     made = base(out, seed // SEEDS_OF_A_BASE)
     stage = stage_of(out, made, kind, seed)
     where = out / "mitigations" / f"{kind}-{seed}"
-    plain = run(where, "as_it_is", seed, {"rl": stage | {"snapshots": ALL_ROLLOUTS}}).stage(1, "rl")
+    plain = run(where, AS_IT_IS, seed, {"rl": stage | {"snapshots": ALL_ROLLOUTS}}).stage(1, "rl")
     models = {"sft": made["sft"]}
     models |= {f"after_{step}": str(folder.resolve()) for step, folder in snapshots_in(plain.path)}
-    models["as_it_is"] = str(plain.result.resolve())
+    models[AS_IT_IS] = str(plain.result.resolve())
     drawn = {AS_IT_IS: rollouts(plain.path)}
-    for at, name in enumerate(MITIGATIONS):
+    for name in MITIGATIONS:
         try:
-            done = run(where, f"mitigated_{at}", seed, {"rl": changed(stage, name)}).stage(1, "rl")
-            models[f"mitigated_{at}"], drawn[name] = str(done.result.resolve()), rollouts(done.path)
+            done = run(where, name, seed, {"rl": changed(stage, name)}).stage(1, "rl")
+            models[name], drawn[name] = str(done.result.resolve()), rollouts(done.path)
         except CheckError:  # before the first update: SFT is what is left
-            models[f"mitigated_{at}"], drawn[name] = made["sft"], 1
-    same: dict[str, str] = {}
-    for name, model in models.items():
-        same[name] = next((one for one in dict.fromkeys(same.values()) if equal(models[one], model)), name)
+            models[name], drawn[name] = made["sft"], 1
+    weights = {name: file_hash([Path(model) / "model.safetensors"]) for name, model in models.items()}
+    first = {weight: name for name, weight in reversed(weights.items())}
+    same = {name: first[weight] for name, weight in weights.items()}
     models = {name: model for name, model in models.items() if same[name] == name}
     truth = {key: DEMO["evaluation"][key] for key in ("stage", "truth")}
     truth |= {"models": models, "reference": made["sft"], "curve_prompts": 0, "sampling": stage["sampling"]}
     truth["prompts"] = {"path": "kilter.world:prompts", "options": {"split": "held_out", "per_kind": 100}}
     run(where, "measured", seed, {"evaluation": truth})
     write_json(where / "drawn.json", {"drawn": drawn, "same": same})
-
-
-def equal(one: str, other: str) -> bool:
-    """Whether two models' folders hold the same weights."""
-    found, known = (load_file(Path(folder) / "model.safetensors") for folder in (one, other))
-    return found.keys() == known.keys() and all(torch.equal(found[name], known[name]) for name in known)
 
 
 def rollouts(stage: Path) -> int:
@@ -112,16 +112,15 @@ def measured(out: Path, seeds: Sequence[int]) -> list[Measured]:
                 folder = where / "measured/evaluation"
                 rows = {name: read_jsonl(folder / f"{one}.jsonl") for name, one in about["same"].items()}
                 truth = {name: [row["true_reward"] for row in own] for name, own in rows.items()}
-                best, last = oracle(truth), fmean(truth["as_it_is"])
-                if best - last > FELL:
-                    own = {name: fmean(truth[f"mitigated_{at}"]) for at, name in enumerate(MITIGATIONS)}
-                    found.append(Measured(kind, best, {AS_IT_IS: last, **own}, about["drawn"]))
+                best, ended = oracle(truth), {name: fmean(truth[name]) for name in (AS_IT_IS, *MITIGATIONS)}
+                if best - ended[AS_IT_IS] > FELL:
+                    found.append(Measured(kind, best, ended, about["drawn"]))
     return found
 
 
 def oracle(truth: Mapping[str, Sequence[float]]) -> float:
     """What the best policy of the run as it is is worth: chosen by every other prompt, measured on those between."""
-    plain = {name: values for name, values in truth.items() if not name.startswith("mitigated")}
+    plain = {name: values for name, values in truth.items() if name not in MITIGATIONS}
     found = []
     for chosen, seen in ((0, 1), (1, 0)):
         best = max(plain, key=lambda name: fmean(plain[name][chosen::2]))
@@ -133,7 +132,7 @@ def matrix(found: Sequence[Measured]) -> str:
     """Markdown: hacks down, mitigations across; truth, and of what the run as it is lost from its best, the share that
     was kept, sums over runs. The last row tells rollouts."""
     names = list(MITIGATIONS)
-    lines = ["| hack | runs | as it is | the oracle's stop | " + " | ".join(names) + " |"]
+    lines = ["| hack | runs | as it is | the oracle's stop | " + " | ".join(SAID[name] for name in names) + " |"]
     lines.append("|---" * (4 + len(names)) + "|")
     rows = [(kind, [one for one in found if one.kind == kind]) for kind in dict.fromkeys(one.kind for one in found)]
     for kind, own in [*rows, ("**all**", list(found))]:

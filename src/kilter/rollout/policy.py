@@ -165,7 +165,7 @@ class PolicySource(RolloutSource):
         )
         group = grouped([len(group.responses) for group in groups])
         credited = credit(self._algorithm.credit, paid, measured, group, self.config)
-        in_loss = self.config.kl_in == "loss" and self.config.kl_estimator != "exact" and kl_coef > 0
+        in_loss = self.price_in_loss > 0 and self.config.kl_estimator != "exact"
         importance, cut = None, None
         if self._correction is not None:
             importance, cut = importance_weights(measured.logprobs, sampled, cap=self._correction.cap)

@@ -18,9 +18,8 @@ from kilter.records import Prompt, Scorer, prompt_id
 from kilter.rollout.source import Scored, Verdict, worth
 from kilter.rundir import read_jsonl, write_jsonl
 from kilter.scorers.registry import did_you_mean
-from kilter.scorers.sheet import is_sheet, load_rules
 from kilter.stages.context import TRAINED_ON, Context
-from kilter.stages.scoring import is_model, reward_of, scorer_of
+from kilter.stages.scoring import models_in, reward_of, scorer_of
 
 REFUSE = "refuse"
 PUTS_BACK = {"roll_back", "stop"}
@@ -67,7 +66,7 @@ def seen_by_reward(context: Context, rewards: Sequence[str], prompts: Sequence[P
     asked = [prompt_id(prompt.prompt) for prompt in prompts]
     known: list[set[str]] = []
     for reward in rewards:
-        for model in (reward,) if is_model(reward) else load_rules(reward).models if is_sheet(reward) else ():
+        for model in models_in(reward):
             path = Path(model) / TRAINED_ON
             if not path.exists():
                 continue

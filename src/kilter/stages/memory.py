@@ -7,7 +7,7 @@ allocator cannot use come on top, about 1 to 2 GiB on a GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,9 @@ import torch
 from kilter.config import OnlineStage, PreferStage, RewardStage, RlStage, SftStage
 from kilter.report.needs import GIB, LORA_RANK, TRAINED_BYTES, Shape
 from kilter.rollout.algorithms import ALGORITHMS
-from kilter.scorers.sheet import is_sheet, load_rules
 from kilter.stages.guard import PUTS_BACK
 from kilter.stages.prefer import objective_of
-from kilter.stages.scoring import is_model, rewards_in
+from kilter.stages.scoring import is_model, models_in, rewards_in
 
 Trains = SftStage | RewardStage | PreferStage | OnlineStage | RlStage
 FLOAT32_BYTES = 4
@@ -101,7 +100,7 @@ def _engine(stage: RlStage | OnlineStage, shape: Shape, available: float) -> Par
 def further_models(stage: Trains) -> int:
     """Reward models beside that which is the stage's `reward`; each counts as large as the policy."""
     named = [value for place, value, _ in rewards_in(stage) if place != "reward" or not is_model(value)]
-    return sum(len(load_rules(value).models) if is_sheet(value) else is_model(value) for value in named)
+    return sum(len(models_in(value)) for value in named)
 
 
 def _has_reference(stage: Trains) -> bool:
@@ -116,27 +115,25 @@ def _has_reference(stage: Trains) -> bool:
 def _widest(stage: Trains, shape: Shape) -> Part:
     """A step's activations, a rollout's keys and values, or the check at the start, whichever is most: they are not
     there at the same time."""
-    low, optim = stage.precision.compute == "bfloat16", stage.optim
-    number = 2 if low else FLOAT32_BYTES
+    number, optim = 2 if stage.precision.compute == "bfloat16" else FLOAT32_BYTES, stage.optim
     size = shape.activation_bytes(optim.batch_tokens, number, checkpointing=stage.precision.gradient_checkpointing)
     found = [Part(f"activations of {optim.batch_tokens} tokens, in a step", size, passing=True)]
     if stage.lora.rank and stage.precision.base == "float32":
         merged = "a copy with the adapter merged, for the check at the start"
         found.append(Part(merged, FLOAT32_BYTES * shape.linear, passing=True))
-    if not isinstance(stage, RlStage | OnlineStage) or stage.sampler.engine == "vllm":
-        return _most(found)
-    if stage.precision.device == "cpu":  # which holds them in float32, see `models.segments`
-        number = FLOAT32_BYTES
+    if isinstance(stage, RlStage | OnlineStage) and stage.sampler.engine == "native":
+        found.append(_cache(stage, shape, number if stage.precision.device == "cuda" else FLOAT32_BYTES))
+    return max(found, key=lambda part: part.size)
+
+
+def _cache(stage: RlStage | OnlineStage, shape: Shape, number: int) -> Part:
+    """Keys and values of the answers at once; a CPU holds them in float32, see `models.segments`."""
     answers, each = stage.sampling.batch_size, stage.samples if isinstance(stage, RlStage) else stage.num_samples
     longest = stage.sampling.max_new_tokens
-    prompt = max(optim.max_tokens - longest, 0)
+    prompt = max(stage.optim.max_tokens - longest, 0)
     tokens = answers * longest + -(-answers // each) * prompt
     name = f"keys and values of {answers} answers at once, prompts of up to {prompt} tokens"
-    return _most([*found, Part(name, shape.cache_bytes(tokens, number), passing=True)])
-
-
-def _most(found: Sequence[Part]) -> Part:
-    return max(found, key=lambda part: part.size)
+    return Part(name, shape.cache_bytes(tokens, number), passing=True)
 
 
 def total(found: list[Part]) -> float:

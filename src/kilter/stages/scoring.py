@@ -24,6 +24,11 @@ def is_model(value: str) -> bool:
     return not (FUNCTION.fullmatch(value) or is_sheet(value))
 
 
+def models_in(value: str) -> tuple[str, ...]:
+    """The reward models that it names: itself, those of a rule sheet, or of a function none."""
+    return (value,) if is_model(value) else load_rules(value).models if is_sheet(value) else ()
+
+
 def reward_of(context: Context, value: str) -> str:
     """What `scorer_of` takes, for any `reward:`."""
     if FUNCTION.fullmatch(value) and isinstance(folder := load_function(value), str | Path):
