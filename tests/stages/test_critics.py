@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kilter.cli.main import main
 from kilter.config import PolicyConfig
 from kilter.errors import ConfigError
 from kilter.rundir import read_jsonl
+from kilter.stages.training import processor_multiplies_in_bfloat16
 
 PPO = {**small.RL, "model": "kilter.world:MODEL_PATH", "reward": "kilter.world:true_reward", "rollouts": 2}
 
@@ -38,6 +40,22 @@ def test_the_value_has_weights_of_its_own_or_the_policys(value_from: str, rank: 
         name for name in names if name.startswith("models.value.") or ".value." in name.removeprefix("heads.value")
     ]
     assert bool(apart) == (value_from == "policy")
+
+
+@pytest.mark.skipif(not processor_multiplies_in_bfloat16(), reason="computes in float32 on a float32 base here")
+def test_on_a_base_in_bfloat16_a_run_learns_the_bits_of_one_in_float32(tmp_path: Path) -> None:
+    """Rollouts, value and policy: what a float32 base is rounded to in every step, it is here from the start."""
+    weights, rewards = {}, {}
+    for base in ("float32", "bfloat16"):
+        held = {**stage("policy", 4), "precision": {"compute": "bfloat16", "base": base}}
+        run = kilter.align({"threads": 1, "stages": {"ppo": held}}, out=tmp_path / base)
+        folder = run.path / "stages/01-ppo"
+        (file,) = folder.glob("checkpoints/step-000008/weights.safetensors")
+        weights[base] = file.read_bytes()
+        rewards[base] = [row.get("reward/mean") for row in read_jsonl(folder / "metrics.jsonl")]
+        about = json.loads((folder / "result/kilter.json").read_text())
+        assert about.get("base", "float32") == base and (folder / "result/adapter").is_dir()
+    assert weights["float32"] == weights["bfloat16"] and rewards["float32"] == rewards["bfloat16"]
 
 
 def test_a_critic_on_the_policys_weights_cannot_learn_first() -> None:

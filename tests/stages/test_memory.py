@@ -69,6 +69,9 @@ def test_an_8b_policy_in_4_bits_by_hand(folder: Path) -> None:
     whole = in_4_bits + 18 * ADAPTER + step
     assert gib_of(text, "in all") == pytest.approx(whole / GIB, abs=2e-3)
     assert "it fits into 24.0 GiB" in text and "no first batch: " in text
+    in_bfloat16 = said(folder, **more | {"precision": {**GPU, "base": "bfloat16"}}, sampling={"batch_size": 16})
+    assert gib_of(in_bfloat16, "policy, frozen in bfloat16") == pytest.approx(2 * (LINEAR + EMBEDDINGS) / GIB, abs=6e-4)
+    assert gib_of(in_bfloat16, "copies in bfloat16") == pytest.approx(2 * ADAPTER / GIB, abs=6e-4)
 
 
 def test_what_to_change_in_order_and_what_each_saves(folder: Path) -> None:
@@ -80,12 +83,14 @@ def test_what_to_change_in_order_and_what_each_saves(folder: Path) -> None:
     assert gib_of(text, "reference, frozen") == pytest.approx(4 * parameters / GIB, abs=6e-4)
     found = text.split("it does not fit into 24.0 GiB")[1].splitlines()[1:]
     steps = [line for line in found if "GiB less" in line]
-    for line, name in zip(steps, ["lora.rank 16", "precision.base nf4", "policy.value_from policy"], strict=False):
+    names = ["lora.rank 16", "precision.base bfloat16", "precision.base nf4", "policy.value_from policy"]
+    for line, name in zip(steps, names, strict=False):
         assert line.strip().startswith(name)
     left = [float(line.split("less, ")[1].split(" in all")[0]) for line in steps]
     assert left == sorted(left, reverse=True) and len(steps) == 6
     # Two trained whole, a reference, copies of all three -> two frozen, an adapter on each, copies of these.
     lora = (2 * 16 + 4 + 3 * 2) * parameters - 2 * (4 * parameters + 16 * ADAPTER) - 2 * 2 * (parameters + ADAPTER)
+    lora -= 8 * LINEAR - 32 * GIB  # what the check at the start makes takes the place of keys and values
     assert float(steps[0].split(": ")[-1].split(" GiB")[0]) == pytest.approx(lora / GIB, abs=0.006)
     assert "even so it does not fit: take a smaller model and reward model" in text  # 30 GiB of frozen reward model
     assert "it fits into 640.0 GiB" in said(folder, 640, reward=str(folder), precision=GPU)
@@ -94,7 +99,7 @@ def test_what_to_change_in_order_and_what_each_saves(folder: Path) -> None:
 def test_a_rule_in_place_of_the_reward_model_and_an_adapter_fit_a_24_gb_card(folder: Path) -> None:
     text = said(folder, precision=GPU)
     steps = [line for line in text.splitlines() if "GiB less" in line]
-    assert "lora.rank 16" in steps[0] and "precision.base nf4" in steps[1]
+    assert "lora.rank 16" in steps[0] and "precision.base bfloat16" in steps[1] and "precision.base nf4" in steps[2]
     assert float(steps[-1].split("less, ")[1].split(" in all")[0]) <= 24 and "even so" not in text
 
 
@@ -120,12 +125,14 @@ def test_what_a_guard_a_sheet_and_an_engine_hold_is_counted(folder: Path) -> Non
 
 
 def test_the_check_at_the_start_holds_the_linear_layers_with_the_adapter_merged(folder: Path) -> None:
-    """Of a float32 base; where a step's activations are more, those are told."""
+    """Of a float32 base, else embeddings and head; where a step's activations are more, those are told."""
     few = {"optim": {"batch_tokens": 512}, "sampling": {"batch_size": 4}, "precision": GPU, "lora": {"rank": 16}}
-    assert gib_of(said(folder, **few), "for the check at the start") == pytest.approx(4 * LINEAR / GIB, abs=6e-4)
-    in_4_bits = few | {"precision": {**GPU, "base": "nf4"}}
-    more = few | {"optim": {"batch_tokens": 16384}}
-    for change in (in_4_bits, more, few | {"lora": {"rank": 0}}):
+    assert gib_of(said(folder, **few), "for the check at the start") == pytest.approx(8 * LINEAR / GIB, abs=6e-4)
+    for base in ("bfloat16", "nf4"):
+        low = said(folder, **few | {"precision": {**GPU, "base": base}})
+        assert gib_of(low, "for the check at the start") == pytest.approx(4 * EMBEDDINGS / GIB, abs=6e-4)
+    more = few | {"optim": {"batch_tokens": 32768}}
+    for change in (more, few | {"lora": {"rank": 0}}):
         assert "for the check at the start" not in said(folder, **change)
 
 
@@ -153,6 +160,8 @@ def test_the_command_plans_for_another_machine(folder: Path, capsys: pytest.Capt
     ("change", "words"),
     [
         ({"precision": {"base": "nf4"}}, "base is nf4 and compute float32"),
+        ({"precision": {"base": "bfloat16"}}, "base is bfloat16 and compute float32"),
+        ({"precision": {"base": "bfloat16", "compute": "bfloat16"}}, "precision.base is bfloat16 and lora.rank 0"),
         ({"precision": {"base": "nf4", "compute": "bfloat16"}}, "base is nf4 and device cpu"),
         ({"precision": {"attention": "flex"}}, "attention is flex and device cpu"),
         ({"precision": {**GPU, "base": "nf4"}}, "precision.base is nf4 and lora.rank 0"),

@@ -158,17 +158,17 @@ class Precision(Model):
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the models of the stage are trained."""
-    base: Literal["float32", "nf4"] = "float32"
-    """How the frozen weights below an adapter are held: `nf4` in 4 bits (Dettmers et al. 2023), on a GPU and with
-    `compute: bfloat16`. The result is those weights made whole, with the adapter merged."""
+    base: Literal["float32", "bfloat16", "nf4"] = "float32"
+    """How the frozen weights below an adapter are held: `bfloat16`, or `nf4` in 4 bits (Dettmers et al. 2023) on a GPU;
+    both with `compute: bfloat16`. The result is those weights, made whole, with the adapter merged, in bfloat16."""
     attention: Literal["auto", "flex", "dense"] = "auto"
     """How packed rows are attended to. `auto`: run by run on a CPU, by FlexAttention on a GPU, by a dense mask in short
     rows and where neither can; `flex`: in all rows (GPU); `dense`: the reference, a mask of every pair of positions."""
 
     @model_validator(mode="after")
     def _on_a_gpu(self) -> Self:
-        if self.base == "nf4" and self.compute != "bfloat16":
-            raise ValueError(f"base is nf4 and compute {self.compute}; a 4-bit base computes in bfloat16: set compute")
+        if self.base != "float32" and self.compute != "bfloat16":
+            raise ValueError(f"base is {self.base} and compute {self.compute}; on such a base set compute to bfloat16")
         for name, value in (("base", "nf4"), ("attention", "flex")):
             if getattr(self, name) == value and self.device != "cuda":
                 raise ValueError(f"{name} is {value} and device {self.device}; {value} needs a GPU: set device to cuda")

@@ -41,12 +41,12 @@ class Stage(Model):
     """Added to the recipe's seed for this stage."""
 
     @model_validator(mode="after")
-    def _adapters_on_a_4_bit_base(self) -> Self:
+    def _adapters_on_a_low_base(self) -> Self:
         precision, lora = getattr(self, "precision", None), getattr(self, "lora", None)
-        if precision is not None and precision.base == "nf4" and not (lora and lora.rank):
+        if precision is not None and precision.base != "float32" and not (lora and lora.rank):
             raise ValueError(
-                "precision.base is nf4 and lora.rank 0; weights in 4 bits cannot be trained, adapters on them can: set "
-                "lora.rank (16 is usual), or precision.base to float32"
+                f"precision.base is {precision.base} and lora.rank 0; weights are trained in float32, in fewer bits "
+                "only adapters on them are: set lora.rank (16 is usual), or precision.base to float32"
             )
         return self
 
@@ -151,10 +151,10 @@ class RewardStage(Stage):
                 f"heads.own_adapters with heads.kind {heads.kind} and lora.rank {self.lora.rank}; adapters of their "
                 "own are for the heads of an ensemble or of groups, and need a lora.rank above 0"
             )
-        if heads.own_adapters and self.precision.base == "nf4":
+        if heads.own_adapters and self.precision.base != "float32":
             raise ValueError(
-                "heads.own_adapters and precision.base nf4; such heads are loaded again on the model as it was "
-                "published, not in 4 bits: leave one of them out"
+                f"heads.own_adapters and precision.base {self.precision.base}; such heads are loaded again on the "
+                "model as it was published, in float32: leave one of them out"
             )
         if heads.combine.weights and heads.kind != "groups":
             raise ValueError(f"heads.combine.weights are by group, and heads.kind is {heads.kind}; leave them out")

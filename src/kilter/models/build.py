@@ -14,7 +14,7 @@ from kilter.errors import ModelError
 from kilter.models.adapters import load_adapter, trained_on
 from kilter.models.heads import ScalarHead
 from kilter.models.load import load_classifier, load_config, load_model, origin_config, weights_hash
-from kilter.models.quantized import Base, quantize
+from kilter.models.quantized import Base, hold
 from kilter.models.reward_heads import REWARD, heads_of
 from kilter.models.roles import Lora, Role, add_adapter, base_parameters, linear_layers
 from kilter.models.save import sequence_classifier
@@ -41,7 +41,7 @@ def policy_trunk(
             its adapter off, which costs nothing and is always there.
         lora: train an adapter on the frozen model.
         generator: draws the adapter's first values; needed with `lora`.
-        base: with `lora`, how the frozen model is held: "nf4" in 4 bits (`quantized`).
+        base: with `lora`, how the frozen model is held: "bfloat16", or "nf4" in 4 bits (`quantized`).
         device: where its weights in 4 bits are made; all else stays where it is.
     """
     model = _loaded(model, base, device)
@@ -95,12 +95,14 @@ def reward_trunk(
     return Trunk({"reward": held}, roles, made, compute_dtype=compute_dtype)
 
 
-def load_reward_model(folder: str | Path, *, compute_dtype: torch.dtype | None = None) -> Trunk:
+def load_reward_model(folder: str | Path, *, compute_dtype: torch.dtype | None = None, dtype: str = "float32") -> Trunk:
     """A reward model from a folder or hub name of an `AutoModelForSequenceClassification` with one label, also foreign.
 
     One that Kilter saved with several heads has as many labels, and the roles of `heads_of`. Of one whose heads have
     adapters of their own, it is the average.
 
+    Args:
+        dtype: of its weights, its heads' apart.
     Raises:
         ModelError: it has another number of labels, or is not a decoder with one linear `score` without bias.
     """
@@ -109,7 +111,7 @@ def load_reward_model(folder: str | Path, *, compute_dtype: torch.dtype | None =
     names = (REWARD,) if said.base else said.roles
     if config.num_labels != len(names):
         raise ModelError(f"{folder}: has {config.num_labels} labels; a reward model has one")
-    model = load_classifier(folder)
+    model = load_classifier(folder, dtype=dtype)
     score: Any = getattr(model, "score", None)
     if not isinstance(score, nn.Linear) or getattr(score, "bias", None) is not None or model.base_model is model:
         raise ModelError(
@@ -166,11 +168,10 @@ def ppo_trunk(
         return trunk
     else:
         role = Role("value", adapter, "value")
-        scorer = load_reward_model(reward)
+        scorer = load_reward_model(reward, dtype=_dtype_of(base))
         backbone: Any = scorer.models["reward"]
         if lora is not None:
-            if base == "nf4":
-                quantize(backbone, linear_layers(backbone), device)
+            hold(backbone, base, linear_layers(backbone), device)
             _freeze_with_adapter(backbone, "value", lora, generator)
         trunk.add_model("value", backbone)
         head = mean_head(scorer)
@@ -195,9 +196,14 @@ def without_head(model: Any) -> Any:
 
 
 def _loaded(model: Source, base: Base = "float32", device: str = "cpu") -> Any:
-    dtype = "bfloat16" if base == "nf4" else "float32"
-    found = load_model(model, dtype=dtype) if isinstance(model, str | Path) else model
-    return quantize(found, linear_layers(found), device) if base == "nf4" else found
+    found = load_model(model, dtype=_dtype_of(base)) if isinstance(model, str | Path) else model
+    return hold(found, base, linear_layers(found), device)
+
+
+def _dtype_of(base: Base) -> str:
+    """What a model is loaded in: also what is no weight, as Gemma's scale of embeddings, is then rounded as it is by
+    transformers."""
+    return "float32" if base == "float32" else "bfloat16"
 
 
 def _freeze_with_adapter(model: Any, name: str, lora: Lora, generator: torch.Generator | None) -> None:

@@ -25,7 +25,7 @@ from kilter.errors import CheckError, ModelError
 from kilter.models.attention import has_attention_softcap, layer_windows, leave_segments, text_config
 from kilter.models.heads import target_logprobs
 from kilter.models.load import origin_config, plain_model
-from kilter.models.quantized import computing_in_float32, quantized_layers, stand_ins
+from kilter.models.quantized import base_of, stand_ins
 from kilter.models.roles import plain_tensors
 from kilter.models.segments import CAPPED
 from kilter.models.trunk import Trunk, decoder
@@ -99,6 +99,19 @@ def both_ways(
     Raises:
         CheckError: dropout is on, the head is not the model's, or even unpacked rows differ; with `strict`, any fault.
     """
+    base = base_of(trunk.models[trunk.roles[role].model])
+    try:
+        return _both_ways(trunk, groups, role, strict=strict, max_tokens=max_tokens)
+    except (RuntimeError, AttributeError, TypeError) as err:
+        if base == "float32":
+            raise
+        raise CheckError(
+            f"role {role!r}: the model reads weights of linear layers that are held in {base} ({err}); set "
+            "precision.base to float32, or use another model"
+        ) from err
+
+
+def _both_ways(trunk: Trunk, groups: Sequence[Group], role: str, *, strict: bool, max_tokens: int) -> BothWays:
     with _as_checked(trunk, role):
         refuse_dropout(trunk, role)
         refuse_lost_attention_softcap(trunk, role)
@@ -192,19 +205,15 @@ def _some(groups: Sequence[Group], max_tokens: int) -> list[Group]:
 def _as_checked(trunk: Trunk, role: str) -> Iterator[None]:
     """Float32 without autocast; a scalar head of zeros is made random for the while, so that a difference shows."""
     held = trunk.roles[role]
-    model = trunk.models[held.model]
-    small = bool(quantized_layers(model))  # what is not in 4 bits is in bfloat16 there
-    compute_dtype, trunk.compute_dtype = trunk.compute_dtype, torch.float32 if small else None
     head: Any = trunk.heads[held.head] if held.head is not None else None
     kept = head.weight.detach().clone() if head is not None else None
     if head is not None and not head.weight.any():
         with torch.no_grad():
             head.weight.normal_(generator=torch.Generator(head.weight.device).manual_seed(0))
     try:
-        with computing_in_float32(model):
+        with trunk.in_float32():
             yield
     finally:
-        trunk.compute_dtype = compute_dtype
         if kept is not None:
             with torch.no_grad():
                 head.weight.copy_(kept)
@@ -254,8 +263,8 @@ class Pair:
         self.config = origin_config(whole)
         with torch.no_grad():
             self.layers = stand_ins(self.model, self.held.adapter)
-            tensors = {name: value.detach() for name, value in self._tensors().items()}
-            self.plain = plain_model(self.model, tensors, config=self.config, layers=self.layers)
+            shared = plain_tensors(self.model, None, low=False)  # what it is asked with takes their place, `_tensors`
+            self.plain = plain_model(self.model, shared, config=self.config, layers=self.layers)
         self.vocab_size = int(text_config(self.config).vocab_size)
         self.device = next(trunk.parameters()).device
         self.plain.to(self.device)  # what is no weight: rotary frequencies and the like
@@ -263,10 +272,11 @@ class Pair:
         self._known: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = plain_tensors(self.model, self.held.adapter, dequantize=False)
+        tensors = plain_tensors(self.model, self.held.adapter, low=False)
         if not self.layers:
             return tensors
-        return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+        whole = {id(value): value.float() for value in tensors.values() if value.is_floating_point()}  # ties stay
+        return {name: whole.get(id(value), value) for name, value in tensors.items()}
 
     def ours(self, rows: Rows) -> Tensor:
         """The trunk's numbers for rows of groups: log-probs [N], or the head's at `source` and `last` [N + R]."""
@@ -356,7 +366,9 @@ class Pair:
         hook = self.plain.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         path = torch.tensor(made_up_groups(self.vocab_size)[0].prompt, device=self.device)
         with torch.no_grad():
-            own = self.plain(input_ids=path[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            inputs = {"input_ids": path[None], "use_cache": False}
+            output = torch.func.functional_call(self.plain, self._tensors(), kwargs=inputs)
+            own = output.logits[0, :-1].float().log_softmax(-1)
             hook.remove()
             with self.trunk.lowered():
                 ours = target_logprobs(self.model, seen[0][0, :-1], path[1:])

@@ -46,7 +46,10 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     as a difference in `check.both_ways`.
     """
     config = text_config(model.config)
-    logits: Tensor = model.get_output_embeddings()(hidden).float()
+    head = model.get_output_embeddings()
+    if hidden.dtype == torch.float32:  # as Mamba leaves them also where its weights are in bfloat16
+        hidden = hidden.to(head.weight.dtype)
+    logits: Tensor = head(hidden).float()
     scaling = getattr(config, "logits_scaling", None)
     if scaling is not None:
         logits = logits / scaling

@@ -142,7 +142,8 @@ def plain_model(
         plain = (kind or model.__class__)._from_config(config, attn_implementation=attention, dtype=model.dtype)
     for name, layer in (layers or {}).items():
         plain.set_submodule(name, layer)
-    plain.load_state_dict(tensors, assign=True)
+    # Detached: assigned themselves, frozen parameters would be told to learn, as those of a new model do.
+    plain.load_state_dict({name: value.detach() for name, value in tensors.items()}, assign=True)
     plain.tie_weights()
     if model.can_generate() and plain.can_generate():
         plain.generation_config = copy.deepcopy(model.generation_config)

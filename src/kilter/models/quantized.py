@@ -1,10 +1,11 @@
-"""A frozen trunk in 4 bits below adapters (QLoRA): NF4 with double quantisation, by bitsandbytes.
+"""A frozen trunk in fewer bits below adapters: bfloat16, or 4 bits (QLoRA): NF4 with double quantisation.
 
-Each run of 64 weights of a linear layer is divided by its largest magnitude and rounded to the 16 quantiles of a normal
-distribution; the magnitudes are in 8 bits, with one float32 for 256 of them: 4.127 bits a weight (Dettmers et al. 2023,
-arXiv 2305.14314, sections 2 and 3). Embeddings, norms and the language head stay in bfloat16, and so is everything
-computed. What a model in 4 bits means is its weights made whole again, `dequantized`: they are what its hash is of and
-what is merged with an adapter when it is saved.
+bfloat16 is what a step would round a float32 trunk to anyway: adapters on it learn the same bits. In NF4, by
+bitsandbytes, each run of 64 weights of a linear layer is divided by its largest magnitude and rounded to the 16
+quantiles of a normal distribution; the magnitudes are in 8 bits, with one float32 for 256 of them: 4.127 bits a weight
+(Dettmers et al. 2023, arXiv 2305.14314, sections 2 and 3). Embeddings, norms and the language head stay in bfloat16,
+and so is everything computed. What a model in 4 bits means is its weights made whole again, `dequantized`: they are
+what its hash is of and what is merged with an adapter when it is saved.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from kilter.errors import ModelError
+from kilter.models.forwards import replaced
 
-Base = Literal["float32", "nf4"]
+Base = Literal["float32", "bfloat16", "nf4"]
 """How the frozen weights below an adapter are held."""
 
 
@@ -33,43 +38,54 @@ def library() -> Any:
         return importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as err:
         raise ModelError(
-            f"a base in 4 bits needs bitsandbytes ({err}); install kilter[gpu], or set precision.base to float32"
+            f"a base in 4 bits needs bitsandbytes ({err}); install kilter[gpu], or set precision.base to bfloat16"
         ) from err
 
 
-def quantize(model: Any, linear: Mapping[str, nn.Module], device: torch.device | str) -> Any:
-    """Puts linear layers into NF4 on `device`, one after another, and all other weights into bfloat16, in place.
+def hold(model: Any, base: Base, linear: Mapping[str, nn.Module], device: torch.device | str) -> Any:
+    """Puts a model's weights into `base`, in place: all into bfloat16, and linear layers then into NF4.
 
     Args:
         model: without adapters.
-        linear: by name, those to be put there (`roles.linear_layers`: all but the language head).
+        linear: by name, those that "nf4" takes to 4 bits (`roles.linear_layers`: all but the language head).
+        device: where those are made, one after another; all else stays where it is.
     Raises:
-        ModelError: no bitsandbytes, or no linear layer.
+        ModelError: "nf4", and no bitsandbytes or no linear layer.
     """
-    nn4 = library().nn
+    if base != "float32":
+        layers = _to_quantize(model, linear) if base == "nf4" else {}
+        for parameter in model.parameters():  # and no buffer: rotary frequencies stay float32
+            parameter.data = parameter.data.to(torch.bfloat16)
+        for name, layer in layers.items():
+            model.set_submodule(name, _in_4_bits(layer).to(device))
+            layer.weight = None  # type: ignore[assignment]
+    return model
+
+
+def _to_quantize(model: Any, linear: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
+    library()
     layers = {name: layer for name, layer in linear.items() if isinstance(layer, nn.Linear)}
     if not layers:
         raise ModelError(
             f"{type(model).__name__} has no linear layers to hold in 4 bits (GPT-2's are convolutions); set "
-            "precision.base to float32"
+            "precision.base to bfloat16 or float32"
         )
-    for parameter in model.parameters():  # and no buffer: rotary frequencies stay float32
-        parameter.data = parameter.data.to(torch.bfloat16)
-    for name, layer in layers.items():
-        options = {"compress_statistics": True, "quant_type": "nf4"}
-        small = nn4.Linear4bit(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            compute_dtype=layer.weight.dtype,
-            device="meta",
-            **options,
-        )
-        small.weight = nn4.Params4bit(layer.weight.detach(), requires_grad=False, blocksize=64, **options)
-        small.bias = layer.bias
-        model.set_submodule(name, small.to(device))
-        layer.weight = None  # type: ignore[assignment]
-    return model
+    return layers
+
+
+def _in_4_bits(layer: nn.Linear) -> Any:
+    nn4, options = library().nn, {"compress_statistics": True, "quant_type": "nf4"}
+    small = nn4.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=layer.weight.dtype,
+        device="meta",
+        **options,
+    )
+    small.weight = nn4.Params4bit(layer.weight.detach(), requires_grad=False, blocksize=64, **options)
+    small.bias = layer.bias
+    return small
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -82,17 +98,65 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if is_quantized(module)}
 
 
+def low_layers(model: Any) -> dict[str, Any]:
+    """The frozen linear layers in 4 bits or in bfloat16, by name as `quantized_layers`, without the language head."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_quantized(module) or (module is not head and _is_frozen_bfloat16(module))
+    }
+
+
+def _is_frozen_bfloat16(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    if type(layer) not in (nn.Linear, Conv1D) or weight is None:
+        return False
+    return weight.dtype == torch.bfloat16 and not weight.requires_grad
+
+
+def base_of(model: Any) -> Base:
+    """How a model's linear layers are held."""
+    if quantized_layers(model):
+        return "nf4"
+    return "bfloat16" if low_layers(model) else "float32"
+
+
 @contextmanager
-def computing_in_float32(model: nn.Module) -> Iterator[None]:
-    """Inside, layers in 4 bits multiply in float32; afterwards in what they did before."""
-    before = [(layer, layer.compute_dtype) for layer in quantized_layers(model).values()]
+def computing_in_float32(model: Any) -> Iterator[None]:
+    """Inside, `low_layers` multiply in float32, each making its weight whole as it does; then as before."""
+    layers = low_layers(model).values()
+    before = [(layer, layer.compute_dtype) for layer in layers if is_quantized(layer)]
+    widened = [(layer, partial(_widened, layer)) for layer in layers if not is_quantized(layer)]
     try:
         for layer, _ in before:
             layer.compute_dtype = torch.float32
-        yield
+        with replaced(widened):
+            yield
     finally:
         for layer, dtype in before:
             layer.compute_dtype = dtype
+
+
+def _widened(layer: Any, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.float()
+    weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    found: Tensor = _Widened.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Widened(torch.autograd.Function):
+    """`x W' + b` in float32 of a frozen weight in bfloat16, made whole here and once more in the backward, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.float(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return grads[0] @ weight.float(), None, None
 
 
 @torch.no_grad()
@@ -103,7 +167,7 @@ def dequantized(layer: Any) -> Tensor:
 
 
 class Below(nn.Module):
-    """Stands in an untouched model for a layer in 4 bits, whose weights it shares: `W x + (alpha / rank) B A x`."""
+    """Stands in an untouched model for one of `low_layers`, whose weights it shares: `W x + (alpha / rank) B A x`."""
 
     def __init__(self, layer: Any, adapter: str | None) -> None:
         super().__init__()
@@ -115,13 +179,13 @@ class Below(nn.Module):
             found: Tensor = getattr(layer, "base_layer", layer)(x)
             return found
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        low = nn.functional.linear(nn.functional.linear(x.to(down.dtype), down), up)
+        low = F.linear(F.linear(x.to(down.dtype), down), up)
         whole: Tensor = layer.base_layer(x)
         out: Tensor = whole + layer.scaling[adapter] * low
         return out.to(whole.dtype)
 
 
-def stand_ins(model: nn.Module, adapter: str | None) -> dict[str, nn.Module]:
-    """A `Below` for each layer in 4 bits, by the layer's name without adapters."""
-    plain = [name.removesuffix(".base_layer") for name in quantized_layers(model)]
+def stand_ins(model: Any, adapter: str | None) -> dict[str, nn.Module]:
+    """A `Below` for each of `low_layers`, by the layer's name without adapters."""
+    plain = [name.removesuffix(".base_layer") for name in low_layers(model)]
     return {name: Below(model.get_submodule(name), adapter) for name in plain}

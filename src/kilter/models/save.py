@@ -21,7 +21,7 @@ from kilter.errors import ModelError
 from kilter.models.adapters import gather_adapter, is_writer
 from kilter.models.attention import has_attention_softcap, text_config
 from kilter.models.load import origin_config, plain_model, quiet, whole
-from kilter.models.quantized import quantized_layers
+from kilter.models.quantized import base_of
 from kilter.models.reward_heads import MEMBERS, REWARD, RewardHeads
 from kilter.models.roles import plain_tensors
 from kilter.models.trunk import Trunk, decoder
@@ -33,9 +33,9 @@ PAD_TOKEN = "<|pad|>"
 def save_causal_lm(trunk: Trunk, role: str, folder: str | Path, tokenizer: Any) -> None:
     """Writes a role as an `AutoModelForCausalLM` with tokenizer, template, end tokens and generation config.
 
-    An adapter is merged into the weights, and stands once more by itself in `adapter/`. Of a base in 4 bits the weights
-    are those bits made whole, in bfloat16: the model that was trained, and not the adapter on the published weights,
-    from which it differs by what was rounded away (`base: nf4` in `kilter.json`).
+    An adapter is merged into the weights, and stands once more by itself in `adapter/`. Of a base in bfloat16 or in 4
+    bits the weights are those bits made whole, in bfloat16: the model that was trained, and not the adapter on the
+    published weights, from which it differs by what was rounded away (`base` in `kilter.json`).
     """
     _write(trunk, (role,), Path(folder), _language_model(trunk, role), tokenizer)
 
@@ -172,8 +172,8 @@ def _write(
     adapters = [gather_adapter(trunk, role) for role in roles if trunk.roles[role].adapter is not None and apart]
     if adapters:
         about["trunk"] = adapters[0].about["trunk"]
-    if any(quantized_layers(trunk.models[trunk.roles[role].model]) for role in roles):
-        about["base"] = "nf4"
+    if (base := base_of(trunk.models[trunk.roles[roles[0]].model])) != "float32":
+        about["base"] = base
     if heads is not None and len(heads.labels) > 1:
         about["heads"] = heads.to_dict()
     if not is_writer():

@@ -62,10 +62,10 @@ class Shape:
         return self.layers * sum(rows * columns for rows, columns in self._matrices)
 
     def base_bytes(self, held: str) -> float:
-        """Of the frozen model: 4 bytes a weight, or, of "nf4", NF4_BYTES and 2 for an embedding."""
+        """Of the frozen model: 4 bytes a weight, or 2, of which "nf4" takes the linear maps to NF4_BYTES."""
         if held == "nf4":
             return NF4_BYTES * self.linear + FROZEN_BYTES * (self.parameters - self.linear)
-        return 4 * self.parameters
+        return (FROZEN_BYTES if held == "bfloat16" else 4) * self.parameters
 
     def cache_bytes(self, tokens: int, number: int) -> int:
         """Keys and values of so many tokens, in numbers of so many bytes."""

@@ -58,7 +58,7 @@ def parts(stage: Trains, shape: Shape, reward: Shape | None, available: float) -
         nonlocal copied
         copied += (of.adapter(lora) if lora else 0) + (of.parameters if held == "float32" else 0)
         if lora:
-            kind = "4 bits" if held == "nf4" else "float32"
+            kind = "4 bits" if held == "nf4" else held
             found.append(Part(f"{name}, frozen in {kind}", of.base_bytes(held)))
             found.append(Part(f"{name}: adapter, gradient, AdamW", TRAINED_BYTES * of.adapter(lora)))
         else:
@@ -119,8 +119,11 @@ def _widest(stage: Trains, shape: Shape) -> Part:
     size = shape.activation_bytes(optim.batch_tokens, number, checkpointing=stage.precision.gradient_checkpointing)
     found = [Part(f"activations of {optim.batch_tokens} tokens, in a step", size, passing=True)]
     if stage.lora.rank and stage.precision.base == "float32":
-        merged = "a copy with the adapter merged, for the check at the start"
-        found.append(Part(merged, FLOAT32_BYTES * shape.linear, passing=True))
+        merged = "a copy with the adapter merged and its gradient, for the check at the start"
+        found.append(Part(merged, 2 * FLOAT32_BYTES * shape.linear, passing=True))
+    elif stage.lora.rank:
+        tables = "copies of embeddings and head in float32, for the check at the start"
+        found.append(Part(tables, FLOAT32_BYTES * (shape.parameters - shape.linear), passing=True))
     if isinstance(stage, RlStage | OnlineStage) and stage.sampler.engine == "native":
         found.append(_cache(stage, shape, number if stage.precision.device == "cuda" else FLOAT32_BYTES))
     return max(found, key=lambda part: part.size)
@@ -157,6 +160,12 @@ def _least(place: str, name: str, most: int) -> Callable[[Trains], Trains]:
     return change
 
 
+def _in_bfloat16(stage: Trains) -> Trains:
+    if not stage.lora.rank or stage.precision.base != "float32":
+        return stage
+    return _set(stage, "precision", base="bfloat16", compute="bfloat16")
+
+
 def _in_4_bits(stage: Trains) -> Trains:
     if not stage.lora.rank:
         return stage
@@ -169,6 +178,7 @@ def _from_reward(stage: Trains) -> bool:
 
 CHANGES: tuple[Change, ...] = (
     (f"lora.rank {LORA_RANK}", lambda stage: stage if stage.lora.rank else _set(stage, "lora", rank=LORA_RANK)),
+    ("precision.base bfloat16, with precision.compute bfloat16", _in_bfloat16),
     ("precision.base nf4, with precision.compute bfloat16 and precision.device cuda", _in_4_bits),
     (
         "policy.value_from policy: the value's adapter on the policy's model",

@@ -80,8 +80,10 @@ def lora_of(config: LoraConfig) -> Lora | None:
 
 
 def compute_dtype(precision: Precision) -> torch.dtype | None:
-    """The type of the forward pass; None: that of the weights, as on a processor without bfloat16 instructions."""
-    return DTYPES[precision.compute] if precision.compute != "float32" and multiplies_in_bfloat16() else None
+    """The type of the forward pass; None: that of the weights, as on a processor without bfloat16 instructions, which
+    emulates them only for a base that is in bfloat16 itself."""
+    emulated = precision.base == "float32" and not multiplies_in_bfloat16()
+    return None if precision.compute == "float32" or emulated else DTYPES[precision.compute]
 
 
 def multiplies_in_bfloat16() -> bool:
