@@ -1,6 +1,6 @@
 """Runs with one number that is wrong: which of them fail, and whether `kilter report why` names the number.
 
-    python tools/failure_map.py --out runs/guard --seeds 0 2           run what is not there yet: an hour, resumable
+    python tools/failure_map.py --out runs/guard --seeds 2 5           run what is not there yet: an hour, resumable
     python tools/failure_map.py --out runs/guard --seeds 2 5 --table   the tables of what is there
 
 Five numbers of PPO and of DPO, each far too low and far too high, the others as they are. A run has failed if truth
@@ -189,8 +189,30 @@ def tables(out: Path, numbers: range) -> str:
                 lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} |")
         failed = [one for one in told if one.method == method and one.failed]
         right = sum(one.said == one.name for one in failed)
-        lines += ["", f"Named rightly: {right} of {len(failed)} failed runs.", ""]
+        lines += ["", f"Named rightly: {right} of {len(failed)} failed runs.", "", *_confusion(failed), ""]
     return "\n".join(lines)
+
+
+def _confusion(failed: list[Shown]) -> list[str]:
+    """Markdown: failed runs by what was wrong (rows) and what was named first (columns)."""
+    counted = Counter((one.name, one.said or "nothing") for one in failed)
+    names = [name for name in PPO if name != AS_IT_IS]
+    columns = [*names, "nothing"]
+    lines = [
+        f"| wrong, of {len(failed)} | {' | '.join(_short(name) for name in columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+    for name in names:
+        cells = (str(counted[name, said] or ("." if said != name else 0)) for said in columns)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _short(name: str) -> str:
+    """For the head of a narrow column."""
+    for word in ("reward ", " coefficient", " range", "learning "):
+        name = name.replace(word, "")
+    return name
 
 
 def _counted(runs: list[Shown]) -> str:
