@@ -221,10 +221,11 @@ def test_model_that_refuses_the_mask_falls_back(folders: dict[str, Path]) -> Non
     assert report.layout == "unrolled" and "does not take a tree" in str(report.fault)
 
 
-def test_bfloat16_is_allowed_its_own_spread(folders: dict[str, Path]) -> None:
+def test_a_model_in_bfloat16_is_checked_in_float32(folders: dict[str, Path]) -> None:
     trunk = policy_trunk(load_model(folders["llama"], dtype="bfloat16"))
     report = both_ways(trunk, some_groups(5), "policy")
-    assert report.layout == "packed" and report.found.gap > check_module.LOGPROB_FLOOR
+    assert report.layout == "packed" and report.found.gap < 2e-5
+    assert trunk.compute_dtype is None and trunk.models["policy"].dtype == torch.bfloat16
 
 
 def test_bfloat16_compute_is_checked_in_float32_and_kept(folders: dict[str, Path]) -> None:

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import small
+import torch
 from safetensors import safe_open
 
 import kilter
 from kilter.cli.main import main
 from kilter.config import PolicyConfig
 from kilter.errors import ConfigError
+from kilter.models.load import load_model, load_tokenizer
 from kilter.rundir import read_jsonl
 from kilter.stages.training import processor_multiplies_in_bfloat16
+from kilter.world import MODEL_PATH
 
 PPO = {**small.RL, "model": "kilter.world:MODEL_PATH", "reward": "kilter.world:true_reward", "rollouts": 2}
 
@@ -45,9 +48,15 @@ def test_the_value_has_weights_of_its_own_or_the_policys(value_from: str, rank: 
 @pytest.mark.skipif(not processor_multiplies_in_bfloat16(), reason="computes in float32 on a float32 base here")
 def test_on_a_base_in_bfloat16_a_run_learns_the_bits_of_one_in_float32(tmp_path: Path) -> None:
     """Rollouts, value and policy: what a float32 base is rounded to in every step, it is here from the start."""
-    weights, rewards = {}, {}
+    finer, weights, rewards = tmp_path / "finer", {}, {}
+    model = load_model(MODEL_PATH)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)  # the world's own are numbers that bfloat16 has
+    model.save_pretrained(finer)
+    load_tokenizer(MODEL_PATH).save_pretrained(finer)
     for base in ("float32", "bfloat16"):
-        held = {**stage("policy", 4), "precision": {"compute": "bfloat16", "base": base}}
+        held = {**stage("policy", 4), "model": str(finer), "precision": {"compute": "bfloat16", "base": base}}
         run = kilter.align({"threads": 1, "stages": {"ppo": held}}, out=tmp_path / base)
         folder = run.path / "stages/01-ppo"
         (file,) = folder.glob("checkpoints/step-000008/weights.safetensors")

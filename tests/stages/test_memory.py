@@ -96,6 +96,14 @@ def test_what_to_change_in_order_and_what_each_saves(folder: Path) -> None:
     assert "it fits into 640.0 GiB" in said(folder, 640, reward=str(folder), precision=GPU)
 
 
+def test_no_remedy_is_told_that_would_be_refused(folder: Path) -> None:
+    heads = {"kind": "ensemble", "own_adapters": True, "bootstrap": False}
+    stage = {"stage": "reward", "model": str(folder), "data": "p.jsonl", "lora": {"rank": 16}, "precision": GPU}
+    text = plan(parse({"stages": {"reward": {**stage, "heads": heads}}}, ""), 24)
+    assert "it does not fit into 24.0 GiB" in text and "precision.base" not in text.split("it does not fit")[1]
+    assert "precision.base bfloat16" in plan(parse({"stages": {"reward": stage}}, ""), 24)
+
+
 def test_a_rule_in_place_of_the_reward_model_and_an_adapter_fit_a_24_gb_card(folder: Path) -> None:
     text = said(folder, precision=GPU)
     steps = [line for line in text.splitlines() if "GiB less" in line]

@@ -13,8 +13,15 @@ from torch import nn
 from kilter.errors import ModelError
 from kilter.models.adapters import load_adapter, trained_on
 from kilter.models.heads import ScalarHead
-from kilter.models.load import load_classifier, load_config, load_model, origin_config, weights_hash
-from kilter.models.quantized import Base, hold
+from kilter.models.load import (
+    load_classifier,
+    load_config,
+    load_model,
+    origin_config,
+    read_tensor,
+    weights_hash,
+)
+from kilter.models.quantized import Base, cast_base
 from kilter.models.reward_heads import REWARD, heads_of
 from kilter.models.roles import Lora, Role, add_adapter, base_parameters, linear_layers
 from kilter.models.save import sequence_classifier
@@ -41,10 +48,13 @@ def policy_trunk(
             its adapter off, which costs nothing and is always there.
         lora: train an adapter on the frozen model.
         generator: draws the adapter's first values; needed with `lora`.
-        base: with `lora`, how the frozen model is held: "bfloat16", or "nf4" in 4 bits (`quantized`).
+        base: with `lora`, how the frozen model is held: "bfloat16", or "nf4" in 4 bits (`quantized`); a model that is
+            loaded already is changed in place.
         device: where its weights in 4 bits are made; all else stays where it is.
+    Raises:
+        ModelError: a `base` in fewer bits without `lora`: weights are trained in float32.
     """
-    model = _loaded(model, base, device)
+    model = _loaded(model, base, device, lora)
     if lora is not None:
         _freeze_with_adapter(model, "policy", lora, generator)
         roles = {"policy": Role("policy", "policy"), "reference": Role("policy")}
@@ -81,7 +91,7 @@ def reward_trunk(
     Raises:
         ModelError: the result could not be saved, because transformers has no sequence classifier of this kind.
     """
-    model = _loaded(model, base, device)
+    model = _loaded(model, base, device, lora)
     sequence_classifier(model.config)
     width = hidden_size(model)
     std = (width + 1) ** -0.5 if head_std is None else head_std
@@ -102,7 +112,7 @@ def load_reward_model(folder: str | Path, *, compute_dtype: torch.dtype | None =
     adapters of their own, it is the average.
 
     Args:
-        dtype: of its weights, its heads' apart.
+        dtype: of its weights; its heads stay in float32.
     Raises:
         ModelError: it has another number of labels, or is not a decoder with one linear `score` without bias.
     """
@@ -119,8 +129,9 @@ def load_reward_model(folder: str | Path, *, compute_dtype: torch.dtype | None =
             "Kilter reads reward models that are decoders, such as LlamaForSequenceClassification"
         )
     heads = {name: ScalarHead(score.in_features) for name in names}
+    weight = score.weight if dtype == "float32" else read_tensor(folder, "score.weight")
     with torch.no_grad():
-        for row, head in zip(score.weight, heads.values(), strict=True):
+        for row, head in zip(weight, heads.values(), strict=True):
             head.weight.copy_(row[None])
     roles = {name: Role("reward", None, name) for name in names}
     return Trunk({"reward": without_head(model)}, roles, heads, compute_dtype=compute_dtype)
@@ -171,7 +182,7 @@ def ppo_trunk(
         scorer = load_reward_model(reward, dtype=_dtype_of(base))
         backbone: Any = scorer.models["reward"]
         if lora is not None:
-            hold(backbone, base, linear_layers(backbone), device)
+            cast_base(backbone, base, linear_layers(backbone), device)
             _freeze_with_adapter(backbone, "value", lora, generator)
         trunk.add_model("value", backbone)
         head = mean_head(scorer)
@@ -195,9 +206,11 @@ def without_head(model: Any) -> Any:
     return bare
 
 
-def _loaded(model: Source, base: Base = "float32", device: str = "cpu") -> Any:
+def _loaded(model: Source, base: Base, device: str, lora: Lora | None) -> Any:
+    if base != "float32" and lora is None:
+        raise ModelError(f"base is {base} and there is no lora; weights are trained in float32: train an adapter")
     found = load_model(model, dtype=_dtype_of(base)) if isinstance(model, str | Path) else model
-    return hold(found, base, linear_layers(found), device)
+    return cast_base(found, base, linear_layers(found), device)
 
 
 def _dtype_of(base: Base) -> str:

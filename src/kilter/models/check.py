@@ -25,7 +25,7 @@ from kilter.errors import CheckError, ModelError
 from kilter.models.attention import has_attention_softcap, layer_windows, leave_segments, text_config
 from kilter.models.heads import target_logprobs
 from kilter.models.load import origin_config, plain_model
-from kilter.models.quantized import base_of, stand_ins
+from kilter.models.quantized import stand_ins
 from kilter.models.roles import plain_tensors
 from kilter.models.segments import CAPPED
 from kilter.models.trunk import Trunk, decoder
@@ -99,19 +99,6 @@ def both_ways(
     Raises:
         CheckError: dropout is on, the head is not the model's, or even unpacked rows differ; with `strict`, any fault.
     """
-    base = base_of(trunk.models[trunk.roles[role].model])
-    try:
-        return _both_ways(trunk, groups, role, strict=strict, max_tokens=max_tokens)
-    except (RuntimeError, AttributeError, TypeError) as err:
-        if base == "float32":
-            raise
-        raise CheckError(
-            f"role {role!r}: the model reads weights of linear layers that are held in {base} ({err}); set "
-            "precision.base to float32, or use another model"
-        ) from err
-
-
-def _both_ways(trunk: Trunk, groups: Sequence[Group], role: str, *, strict: bool, max_tokens: int) -> BothWays:
     with _as_checked(trunk, role):
         refuse_dropout(trunk, role)
         refuse_lost_attention_softcap(trunk, role)
@@ -123,6 +110,8 @@ def _both_ways(trunk: Trunk, groups: Sequence[Group], role: str, *, strict: bool
             try:
                 with _attending(trunk, dense=True):
                     found = pair.measure(probes)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, ValueError, TypeError, IndexError) as err:
                 fault = f"the model does not take a tree: {err}"
             else:
@@ -154,6 +143,8 @@ def _with_segments(pair: Pair, probes: Sequence[Sequence[Group]], found: Found) 
         try:
             by_segments = pair.measure(probes)
             fault = None if by_segments.within else by_segments.line
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, TypeError, IndexError, ModelError) as err:
             fault = str(err)
     if fault is None:
@@ -211,7 +202,7 @@ def _as_checked(trunk: Trunk, role: str) -> Iterator[None]:
         with torch.no_grad():
             head.weight.normal_(generator=torch.Generator(head.weight.device).manual_seed(0))
     try:
-        with trunk.in_float32():
+        with trunk.in_float32(held.model):
             yield
     finally:
         if kept is not None:
@@ -263,7 +254,9 @@ class Pair:
         self.config = origin_config(whole)
         with torch.no_grad():
             self.layers = stand_ins(self.model, self.held.adapter)
-            shared = plain_tensors(self.model, None, low=False)  # what it is asked with takes their place, `_tensors`
+            shared = plain_tensors(
+                self.model, None, low_precision=False
+            )  # what it is asked with takes their place, `_tensors`
             self.plain = plain_model(self.model, shared, config=self.config, layers=self.layers)
         self.vocab_size = int(text_config(self.config).vocab_size)
         self.device = next(trunk.parameters()).device
@@ -272,10 +265,9 @@ class Pair:
         self._known: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = plain_tensors(self.model, self.held.adapter, low=False)
-        if not self.layers:
-            return tensors
-        whole = {id(value): value.float() for value in tensors.values() if value.is_floating_point()}  # ties stay
+        tensors = plain_tensors(self.model, self.held.adapter, low_precision=False)
+        low = (value for value in tensors.values() if value.is_floating_point() and value.itemsize < 4)
+        whole = {id(value): value.float() for value in low}  # once each: what is tied stays so
         return {name: whole.get(id(value), value) for name, value in tensors.items()}
 
     def ours(self, rows: Rows) -> Tensor:
@@ -333,9 +325,9 @@ class Pair:
     ) -> tuple[float, float | None]:
         key = (id(groups), shorten)  # the untouched model says the same every time
         with _short_windows(self.model, self.plain) if shorten else nullcontext():
-            numbers, gradient = self._answer(one, _rows(groups))
             if key not in self._known:
                 self._known[key] = self._answer(other, _rows(groups))
+            numbers, gradient = self._answer(one, _rows(groups))
         others, other_gradient = self._known[key]
         gap = float((numbers - others).abs().max())
         if not self.parameters:
@@ -344,6 +336,10 @@ class Pair:
 
     def _answer(self, ask: Ask, rows: Rows) -> tuple[Tensor, Tensor]:
         """Numbers, and the gradient of a random mix of them, all parameters in one vector."""
+        with self.trunk.lowered() if ask == self.ours else nullcontext():  # the backward too: it may compute again
+            return self._numbers_and_gradient(ask, rows)
+
+    def _numbers_and_gradient(self, ask: Ask, rows: Rows) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(bool(self.parameters)):
             numbers = ask(rows)
         generator = torch.Generator().manual_seed(1)
@@ -373,7 +369,7 @@ class Pair:
             with self.trunk.lowered():
                 ours = target_logprobs(self.model, seen[0][0, :-1], path[1:])
         gap = float((ours - own.gather(1, path[1:, None])[:, 0]).abs().max())
-        if not gap <= (LOGPROB_FLOOR if self.model.dtype == torch.float32 else 0.1):
+        if not gap <= LOGPROB_FLOOR:
             raise CheckError(
                 f"role {self.role!r}: the language head is not the model's own: from the same hidden states its "
                 f"log-probs differ by {gap:.1e} nats; a softcap or a scale of the logits is lost (compare the model's "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from kilter.errors import ModelError
 from kilter.models.attention import has_attention_softcap
@@ -63,6 +65,23 @@ def with_random_weights(model: Any, generator: torch.Generator) -> Any:
 def load_classifier(path: str | Path, *, dtype: str = "float32", attention: str | None = None) -> Any:
     """An `AutoModelForSequenceClassification`, otherwise as `load_model`."""
     return _load(transformers.AutoModelForSequenceClassification, path, dtype=dtype, attention=attention, revision=None)
+
+
+def read_tensor(path: str | Path, name: str) -> Tensor:
+    """One tensor of a folder or hub name, in float32, whatever its model is loaded in.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    index = cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
+    file = cached_file(str(path), shards.get(name, SAFE_WEIGHTS_NAME), _raise_exceptions_for_missing_entries=False)
+    if file is not None:
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 it is no dict
+                found: Tensor = tensors.get_tensor(name)
+                return found.float()
+    raise ModelError(f"{path}: holds no tensor {name!r} in safetensors; get the model again")
 
 
 def _load(kind: Any, path: str | Path, *, dtype: str, attention: str | None, revision: str | None) -> Any:
@@ -216,7 +235,8 @@ def remove_dropout(config: Any) -> dict[str, float]:
 def weights_hash(model: Any) -> str:
     """SHA-256 of a trunk: names, shapes and values (in float32) of its parameters, adapters left out, in any order.
 
-    A model in memory, the same with adapters on it, the folder it came from and a copy of that folder have one hash.
+    A model in memory, the same with adapters on it, the folder it came from and a copy of that folder have one hash,
+    unless the model is held in fewer bits than the folder: then it has that of what is left.
     A tensor that is stored under two names (tied embeddings) counts once.
 
     Args:

@@ -42,7 +42,7 @@ def library() -> Any:
         ) from err
 
 
-def hold(model: Any, base: Base, linear: Mapping[str, nn.Module], device: torch.device | str) -> Any:
+def cast_base(model: Any, base: Base, linear: Mapping[str, nn.Module], device: torch.device | str) -> Any:
     """Puts a model's weights into `base`, in place: all into bfloat16, and linear layers then into NF4.
 
     Args:
@@ -98,7 +98,7 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if is_quantized(module)}
 
 
-def low_layers(model: Any) -> dict[str, Any]:
+def low_precision_layers(model: Any) -> dict[str, Any]:
     """The frozen linear layers in 4 bits or in bfloat16, by name as `quantized_layers`, without the language head."""
     head = model.get_output_embeddings()
     return {
@@ -110,22 +110,24 @@ def low_layers(model: Any) -> dict[str, Any]:
 
 def _is_frozen_bfloat16(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
-    if type(layer) not in (nn.Linear, Conv1D) or weight is None:
-        return False
-    return weight.dtype == torch.bfloat16 and not weight.requires_grad
+    return isinstance(layer, nn.Linear | Conv1D) and weight is not None and _frozen_in_bfloat16(weight)
 
 
-def base_of(model: Any) -> Base:
-    """How a model's linear layers are held."""
+def _frozen_in_bfloat16(parameter: nn.Parameter) -> bool:
+    return parameter.dtype == torch.bfloat16 and not parameter.requires_grad
+
+
+def base_of(model: nn.Module) -> Base:
+    """How a model's frozen weights are held."""
     if quantized_layers(model):
         return "nf4"
-    return "bfloat16" if low_layers(model) else "float32"
+    return "bfloat16" if any(_frozen_in_bfloat16(parameter) for parameter in model.parameters()) else "float32"
 
 
 @contextmanager
 def computing_in_float32(model: Any) -> Iterator[None]:
-    """Inside, `low_layers` multiply in float32, each making its weight whole as it does; then as before."""
-    layers = low_layers(model).values()
+    """Inside, `low_precision_layers` multiply in float32, each making its weight whole as it does; then as before."""
+    layers = low_precision_layers(model).values()
     before = [(layer, layer.compute_dtype) for layer in layers if is_quantized(layer)]
     widened = [(layer, partial(_widened, layer)) for layer in layers if not is_quantized(layer)]
     try:
@@ -167,11 +169,19 @@ def dequantized(layer: Any) -> Tensor:
 
 
 class Below(nn.Module):
-    """Stands in an untouched model for one of `low_layers`, whose weights it shares: `W x + (alpha / rank) B A x`."""
+    """Stands in an untouched model for one of `low_precision_layers`, by its weights: `W x + (alpha / rank) B A x`."""
 
     def __init__(self, layer: Any, adapter: str | None) -> None:
         super().__init__()
         self._held = (layer, adapter)  # a tuple: its weights are not parts of this module
+
+    @property
+    def weight(self) -> Tensor:
+        """No model may read it: an adapter would not be in it, nor is it in float32."""
+        raise ModelError(
+            "the model reads the weights of a linear layer itself, which are held in fewer bits; set precision.base to "
+            "float32, or use another model"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         layer, adapter = self._held
@@ -186,6 +196,6 @@ class Below(nn.Module):
 
 
 def stand_ins(model: Any, adapter: str | None) -> dict[str, nn.Module]:
-    """A `Below` for each of `low_layers`, by the layer's name without adapters."""
-    plain = [name.removesuffix(".base_layer") for name in low_layers(model)]
+    """A `Below` for each of `low_precision_layers`, by the layer's name without adapters."""
+    plain = [name.removesuffix(".base_layer") for name in low_precision_layers(model)]
     return {name: Below(model.get_submodule(name), adapter) for name in plain}

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from kilter.errors import ModelError
 from kilter.models.load import whole
 from kilter.models.low_rank import fuse_adapters
-from kilter.models.quantized import dequantized, low_layers, quantized_layers
+from kilter.models.quantized import dequantized, low_precision_layers, quantized_layers
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
@@ -144,23 +144,23 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     return found
 
 
-def plain_tensors(model: Any, adapter: str | None, *, low: bool = True) -> dict[str, Tensor]:
+def plain_tensors(model: Any, adapter: str | None, *, low_precision: bool = True) -> dict[str, Tensor]:
     """A model's weights and buffers under the names they have without LoRA layers, one adapter merged in.
 
     The merged weights are differentiable functions of the trunk's parameters: `W + (alpha / rank) B A`. Of a sharded
     model they are put together, on every process. Weights in 4 bits are made whole first, in the processor's memory.
 
     Args:
-        low: False: without the layers that are in 4 bits or in bfloat16 (`low_layers`).
+        low_precision: False: without the layers that are in 4 bits or in bfloat16 (`low_precision_layers`).
     """
-    small = quantized_layers(model) if low else low_layers(model)
+    small = quantized_layers(model) if low_precision else low_precision_layers(model)
     held = {
         name: value
         for name, value in model.state_dict(keep_vars=True).items()
         if ".lora_" not in name and not any(name.startswith(f"{layer}.") for layer in small)
     }
     tensors = {name.replace(".base_layer.", "."): whole(value) for name, value in held.items()}
-    for name, layer in small.items() if low else ():
+    for name, layer in small.items() if low_precision else ():
         plain = name.removesuffix(".base_layer")
         tensors[f"{plain}.weight"] = dequantized(layer).cpu()
         if layer.bias is not None:

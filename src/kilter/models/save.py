@@ -104,7 +104,7 @@ def save_reward_model(
         tensors = {f"{classifier.base_model_prefix}.{name}": value for name, value in tensors.items()}
         weights: list[Any] = [trunk.heads[str(trunk.roles[role].head)].weight for role in roles]
         rows = torch.cat([whole(weight) for weight in weights])
-        tensors["score.weight"] = (rows if len(labels) == len(rows) else rows.mean(0, keepdim=True)).to(model.dtype)
+        tensors["score.weight"] = rows if len(labels) == len(rows) else rows.mean(0, keepdim=True)
         plain = plain_model(model, tensors, kind=classifier, config=config)
     _write(trunk, roles, Path(folder), plain, tokenizer, heads)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,7 +30,7 @@ from kilter.models.flex import Blocks
 from kilter.models.fused import fuse
 from kilter.models.heads import Other, ScalarHead, target_logprobs, token_stats, whole_stats
 from kilter.models.last_layer import LastLayer, read_of
-from kilter.models.quantized import computing_in_float32, low_layers
+from kilter.models.quantized import computing_in_float32, low_precision_layers
 from kilter.models.roles import AdapterSwitch, Role, adapter_parameters, base_parameters
 from kilter.models.segments import Runs
 from kilter.models.tables import LARGE, adding_in_place
@@ -75,7 +75,7 @@ class Trunk(nn.Module):
         self.attention: Attention = "auto"
         self.dense_up_to = DENSE_UP_TO
         self._low = False
-        self._widened: set[int] = set()
+        self._as_held: set[int] = set()
         self._switches: dict[str, AdapterSwitch] = {}
         self._last_layers: dict[str, LastLayer] = {}
         for name, model in models.items():
@@ -245,7 +245,7 @@ class Trunk(nn.Module):
         if self.compute_dtype is None or self._low or any(isinstance(p, DTensor) for p in self.models.parameters()):
             yield
             return
-        lowered = [p for p in self.models.parameters() if p.is_floating_point() and id(p) not in self._widened]
+        lowered = [p for p in self.models.parameters() if p.is_floating_point() and id(p) not in self._as_held]
         copies = {id(p): p.to(self.compute_dtype) for p in lowered}
         held = [(module, dict(module._parameters)) for module in self.models.modules() if module._parameters]
         try:
@@ -264,23 +264,23 @@ class Trunk(nn.Module):
                 module._parameters = own
 
     @contextmanager
-    def in_float32(self) -> Iterator[None]:
-        """Forwards and backwards in float32, whatever the weights are held in.
+    def in_float32(self, name: str) -> Iterator[None]:
+        """Forwards and backwards of one model in float32, whatever its weights are held in; no other may run.
 
         Frozen linear layers in fewer bits make their weights whole one after another, as each multiplies; of all other
         weights that are not in float32 `lowered` makes copies.
         """
-        before, models = self.compute_dtype, list(self.models.values())
-        low = [layer for model in models for layer in low_layers(model).values()]
-        with ExitStack() as stack:
-            for model in models:
-                stack.enter_context(computing_in_float32(model))
+        before, model = self.compute_dtype, self.models[name]
+        low = [p for layer in low_precision_layers(model).values() for p in layer.parameters(recurse=False)]
+        others = [p for other in self.models.values() if other is not model for p in other.parameters()]
+        wide = all(p.is_floating_point() and p.itemsize >= 4 for p in model.parameters())
+        with computing_in_float32(model):
             try:
-                self._widened = {id(parameter) for layer in low for parameter in layer.parameters(recurse=False)}
-                self.compute_dtype = torch.float32 if low else None
+                self._as_held = {id(parameter) for parameter in (*low, *others)}
+                self.compute_dtype = None if wide else torch.float32
                 yield
             finally:
-                self._widened, self.compute_dtype = set(), before
+                self._as_held, self.compute_dtype = set(), before
 
     def adding_in_place(self, *, large: int = LARGE) -> AbstractContextManager[None]:
         """Around a step's forwards and backwards: gradients of large embeddings and heads are made where they are kept.

@@ -161,13 +161,18 @@ def _least(place: str, name: str, most: int) -> Callable[[Trains], Trains]:
 
 
 def _in_bfloat16(stage: Trains) -> Trains:
-    if not stage.lora.rank or stage.precision.base != "float32":
+    if not _takes_a_base(stage) or stage.precision.base != "float32":
         return stage
     return _set(stage, "precision", base="bfloat16", compute="bfloat16")
 
 
+def _takes_a_base(stage: Trains) -> bool:
+    """Adapters alone train, and not each with a head of its own."""
+    return bool(stage.lora.rank) and not (isinstance(stage, RewardStage) and stage.heads.own_adapters)
+
+
 def _in_4_bits(stage: Trains) -> Trains:
-    if not stage.lora.rank:
+    if not _takes_a_base(stage):
         return stage
     return _set(stage, "precision", base="nf4", compute="bfloat16", device="cuda")
 
