@@ -137,6 +137,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the same greedy tokens at 4m, no times")
     parser.add_argument("--out", type=Path, help="append the figures to this JSON-lines file")
     options = parser.parse_args()
+    if options.ways and "kilter" not in options.ways:
+        parser.error(f"--ways is {' '.join(options.ways)}; name kilter too, whose greedy tokens the others must give")
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     os.sched_setaffinity(0, set(range(options.cores)))

@@ -137,7 +137,7 @@ def test_whitening_takes_scale_and_level_away(values: list[float], scale: float,
     got = ops.whiten(x)
     assert got.mean().abs() < 1e-9
     assert got.square().mean().item() == pytest.approx(1, abs=1e-4)
-    assert torch.allclose(ops.whiten(scale * x + level), got, atol=1e-4)
+    assert torch.allclose(ops.whiten(scale * x + level), got, rtol=0, atol=1e-4)
 
 
 def test_whitening_defaults_keep_small_signals() -> None:
@@ -193,7 +193,7 @@ def test_gae_of_a_response_does_not_depend_on_its_neighbours(
     together, _ = ops.gae(rewards, values, leaf, gamma=gamma, gae_lambda=lam)
     for r, v, got in zip(rewards.split(lengths), values.split(lengths), together.split(lengths), strict=True):
         alone, _ = ops.gae(r, v, torch.zeros(len(r), dtype=torch.int64), gamma=gamma, gae_lambda=lam)
-        assert torch.allclose(got, alone, atol=1e-10)
+        assert torch.allclose(got, alone, rtol=0, atol=1e-10)
 
 
 def test_values_less_their_groups_mean() -> None:
@@ -257,9 +257,9 @@ def test_what_a_whole_group_is_paid_more_is_no_advantage(scores: list[float], se
     scales: tuple[Literal["group", "none"], ...] = ("group", "none")
     for scale in scales:
         got = ops.group_advantages(rewards, group, scale=scale)
-        assert torch.allclose(ops.group_advantages(moved, group, scale=scale), got, atol=1e-6)
+        assert torch.allclose(ops.group_advantages(moved, group, scale=scale), got, rtol=0, atol=1e-6)
         assert ops.sum_by(got, group, 3).abs().max() < 1e-6
-    assert torch.allclose(ops.leave_one_out(moved, group), ops.leave_one_out(rewards, group), atol=1e-9)
+    assert torch.allclose(ops.leave_one_out(moved, group), ops.leave_one_out(rewards, group), rtol=0, atol=1e-9)
 
 
 def test_reinforce_plus_plus_by_hand() -> None:

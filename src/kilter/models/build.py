@@ -13,14 +13,7 @@ from torch import nn
 from kilter.errors import ModelError
 from kilter.models.adapters import load_adapter, trained_on
 from kilter.models.heads import ScalarHead
-from kilter.models.load import (
-    load_classifier,
-    load_config,
-    load_model,
-    origin_config,
-    read_tensor,
-    weights_hash,
-)
+from kilter.models.load import load_classifier, load_config, load_model, origin_config, read_tensor, weights_hash
 from kilter.models.quantized import Base, cast_base
 from kilter.models.reward_heads import REWARD, heads_of
 from kilter.models.roles import Lora, Role, add_adapter, base_parameters, linear_layers

@@ -254,9 +254,8 @@ class Pair:
         self.config = origin_config(whole)
         with torch.no_grad():
             self.layers = stand_ins(self.model, self.held.adapter)
-            shared = plain_tensors(
-                self.model, None, low_precision=False
-            )  # what it is asked with takes their place, `_tensors`
+            # Only the shapes and names matter: `_tensors` takes their place in every question.
+            shared = plain_tensors(self.model, None, low_precision=False)
             self.plain = plain_model(self.model, shared, config=self.config, layers=self.layers)
         self.vocab_size = int(text_config(self.config).vocab_size)
         self.device = next(trunk.parameters()).device
